@@ -1,0 +1,213 @@
+"""Settings of `nos serve`: from flags, then the environment (`NOS_PORT`), then a TOML file.
+
+Only the composition roots read them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import tomllib
+from pathlib import Path  # noqa: TC003 - pydantic looks it up
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from nos.errors import ConfigError
+from nos.wire.local import state_dir
+from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+_PREFIX: Final = "NOS_"
+#: Variables of ours that are no setting of the server.
+_OTHER_VARIABLES: Final = frozenset({"NOS_ADDRESS", "NOS_TOKEN_FILE", "NOS_WEIGHTS_DIR"})
+_OTHER_PREFIXES: Final = ("NOS_WORKER_",)
+
+_Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseSettings):
+    """What a server is told. A docstring says the unit, how to disable, and why this default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, extra="forbid", use_attribute_docstrings=True, frozen=True
+    )
+
+    host: str = "127.0.0.1"
+    """Address that the gateway listens on; loopback only, until there is TLS for clients."""
+    port: _Port = 50051
+    """Port that the gateway listens on; 0 takes any free one."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """auto (every CUDA device, else the processor), cpu, cuda (every one) or cuda:N."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 0
+    """Number of workers; 0 means one per device."""
+    scheduler: str = ""
+    """Join the Dask scheduler at this address (tcp://... or tls://...); empty starts one."""
+    tls_dir: Path | None = None
+    """Folder with ca.pem, cert.pem and key.pem for a scheduler that is joined with TLS."""
+    capacity_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Bytes of device memory that models of one worker may use, for instance 8GiB; default: what there is."""
+    headroom_bytes: ByteSize = ByteSize(0)
+    """Of the capacity, what stays free always."""
+    eviction: Literal["lru", "fifo", "lfu", "gdsf"] = "lru"
+    """Which model leaves a full device: least recently used, first loaded, least often used, or cheapest to
+    bring back per byte and use."""
+    max_models: Annotated[int, Field(ge=0)] = 0
+    """Models on one device at once; 0 means as many as fit."""
+    idle_unload_s: Annotated[float, Field(ge=0)] = 0.0
+    """Models leave the device after so many seconds without use; 0 means only when room is needed."""
+    host_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Bytes of main memory for copies of models; beyond it they go to files. Default: no limit."""
+    state_dir: Path = Field(default_factory=state_dir)
+    """Folder for the token, the logs and what the gateway keeps."""
+    models: Annotated[list[Path], NoDecode] = []
+    """Folder of Python files, each of which is a model; may be given several times."""
+    idle_shutdown_s: Annotated[float, Field(ge=0)] = 0.0
+    """End after so many seconds without a client; 0 never does."""
+    dashboard_port: _Port = 0
+    """Port of the Dask dashboard, on loopback; 0 takes 8787 if it is free, else any."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much the logs hold."""
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split_folders(cls, given: object) -> object:
+        return (
+            [part for part in given.split(os.pathsep) if part] if isinstance(given, str) else given
+        )
+
+    @field_validator("models")
+    @classmethod
+    def _check_folders(cls, given: list[Path]) -> list[Path]:
+        for folder in given:
+            if not folder.is_dir():
+                raise ValueError(f"an existing folder, got {str(folder)!r}")
+        return [folder.absolute() for folder in given]
+
+    @field_validator("state_dir")
+    @classmethod
+    def _expand(cls, given: Path) -> Path:
+        return given.expanduser().absolute()
+
+    @field_validator("host")
+    @classmethod
+    def _check_loopback(cls, given: str) -> str:
+        try:
+            is_loopback = given == "localhost" or ipaddress.ip_address(given).is_loopback
+        except ValueError:
+            is_loopback = False
+        if not is_loopback:
+            raise ValueError(f"a loopback address such as 127.0.0.1, got {given!r}")
+        return "127.0.0.1" if given == "localhost" else given
+
+    @field_validator("scheduler")
+    @classmethod
+    def _check_scheduler(cls, given: str) -> str:
+        scheme, _, rest = given.partition("://")
+        is_local = rest.rpartition(":")[0] in ("127.0.0.1", "localhost")
+        if given and not (scheme in ("tcp", "tls") and is_local):
+            # Workers elsewhere would have to listen on a network, and their port has no TLS yet.
+            raise ValueError(f"tcp:// or tls:// and an address of this machine, got {given!r}")
+        return given
+
+
+def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Return the settings from flags, environment and file.
+
+    Args:
+        flags: What the command line gave, by field name.
+        config: A TOML file, or None.
+
+    Raises:
+        ConfigError: If one is unknown or wrong; it names the setting, where it came from, and what would do.
+    """
+    from_file = _read_file(config) if config is not None else {}
+
+    class _WithFile(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
+
+    try:
+        return _WithFile(**flags)
+    except ValidationError as invalid:
+        raise _first_error(invalid, flags, from_file, config) from None
+
+
+def unknown_variables(environ: Iterable[str]) -> list[str]:
+    """Return what to say of each `NOS_` variable that nothing reads."""
+    known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields} | _OTHER_VARIABLES
+    return [
+        f"unknown variable {name} is ignored. {suggest(name, known)}".rstrip()
+        for name in sorted(environ)
+        if name.startswith(_PREFIX) and name not in known and not name.startswith(_OTHER_PREFIXES)
+    ]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return "Did you mean X?", or nothing if nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean {close[0]}?" if close else ""
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            "cannot read the settings file", "config", got=f"{path}: {error.strerror}"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the settings file is not TOML", "config", got=f"{path}: {error}"
+        ) from error
+    for key in found:
+        if key not in Settings.model_fields:
+            hint = suggest(key, Settings.model_fields)
+            raise ConfigError(f"unknown setting {key} in {path}", key, hint=hint)
+    return found
+
+
+def _first_error(
+    invalid: ValidationError,
+    flags: Mapping[str, Any],
+    from_file: Mapping[str, Any],
+    path: Path | None,
+) -> ConfigError:
+    first = invalid.errors()[0]
+    name = str(first["loc"][0])
+    variable = f"{_PREFIX}{name.upper()}"
+    if name in flags:
+        place = flag_of(name)
+    elif variable in os.environ:
+        place = variable
+    elif name in from_file:
+        place = f"{name} in {path}"
+    else:
+        place = name
+    wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if ", got " in wanted:
+        return ConfigError(f"bad {place}: expected {wanted}", name)
+    if first["type"] == "string_pattern_mismatch":
+        wanted = "auto, cpu, cuda or cuda:N"
+    return ConfigError(f"bad {place}", name, wanted, repr(first["input"]))
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting."""
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,111 @@
+"""Which methods of a model run many calls as one, by what their author declared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from nos.errors import InvalidRequestError
+from nos.wire.v1 import models_pb2
+
+if TYPE_CHECKING:
+    from nos.wire.v1 import values_pb2
+
+BATCH: Final = "batch"
+#: Any number of leading dimensions, which the model sees as one.
+ANY_BATCH: Final = "*batch"
+MAX_ROWS: Final = 1 << 16
+MAX_QUEUE_DELAY_S: Final = 60.0
+
+_TENSOR = models_pb2.TYPE_KIND_TENSOR
+_LIST = models_pb2.TYPE_KIND_LIST
+#: Kinds that carry bytes, of which we know no way to join them.
+_UNJOINED = {models_pb2.TYPE_KIND_IMAGE, models_pb2.TYPE_KIND_BYTES}
+#: Results that may hold tensors; whether they do is seen when they come.
+_UNKNOWN = {models_pb2.TYPE_KIND_UNSPECIFIED, models_pb2.TYPE_KIND_DICT, _LIST}
+
+
+@dataclass(slots=True)
+class Wish:
+    """What the decorator says about batching."""
+
+    is_on: bool | None = None
+    """None: wherever the annotations name a dimension `batch`."""
+    max_rows: int = 0
+    queue_delay_s: float | None = None
+
+    def take(self, option: str, value: values_pb2.Value) -> bool:
+        """Take `batch` or `queue_delay_s`; return False if the value does not do."""
+        kind = value.WhichOneof("kind")
+        if kind == "null":  # as `nos.model` has it by default
+            return True
+        if option == "batch":
+            if kind == "flag":
+                self.is_on = value.flag
+                return True
+            self.is_on, self.max_rows = True, value.integer
+            return kind == "integer" and 1 <= value.integer <= MAX_ROWS
+        delay_s = float(value.integer) if kind == "integer" else value.real
+        self.queue_delay_s = delay_s
+        return kind in {"integer", "real"} and 0 <= delay_s <= MAX_QUEUE_DELAY_S
+
+
+def declare(spec: models_pb2.ModelSpec, wish: Wish, where: str) -> None:
+    """Write into each method of `spec` whether and how it batches.
+
+    Raises:
+        InvalidRequestError: If batching is asked for and no method can.
+    """
+    if wish.is_on is False:
+        return
+    for method in spec.methods:
+        parameters = _joined(method, is_asked=wish.is_on is True)
+        if not parameters:
+            continue
+        method.batching.parameters.extend(parameters)
+        method.batching.max_rows = wish.max_rows
+        if wish.queue_delay_s is not None:
+            method.batching.queue_delay_s = wish.queue_delay_s
+    is_asked = wish.is_on or wish.queue_delay_s is not None
+    if is_asked and not any(method.HasField("batching") for method in spec.methods):
+        raise InvalidRequestError(
+            f"{where}: no method can batch",
+            "batch",
+            "a method whose tensors, parameters and result alike, have a first dimension `batch`, for"
+            ' instance Annotated[torch.Tensor, "float32[batch, 8]"], or that takes a list',
+        )
+
+
+def _joined(method: models_pb2.Method, *, is_asked: bool) -> list[str]:
+    """Return the parameters along which calls are joined; empty if they cannot be."""
+    if method.is_generator:
+        return []
+    tensors, lists = [], []
+    for parameter in method.parameters:
+        kind = parameter.type.kind
+        if parameter.is_variadic or parameter.is_keywords or kind in _UNJOINED:
+            return []
+        if kind == _TENSOR:
+            tensors.append(parameter)
+        elif kind == _LIST:
+            lists.append(parameter)
+    result = method.returns
+    leading = {_leading(parameter.type) for parameter in tensors}
+    if not tensors:
+        # Lists give a row for each item.
+        leading = {BATCH}
+    if len(leading) != 1 or not leading <= {BATCH, ANY_BATCH}:
+        return []
+    if result.kind == _TENSOR:
+        if _leading(result) not in leading or result.is_optional:
+            return []
+    elif not is_asked or result.kind not in _UNKNOWN:
+        return []
+    if any(parameter.type.is_optional for parameter in tensors or lists):
+        return []
+    return [parameter.name for parameter in tensors or lists]
+
+
+def _leading(kind: models_pb2.Type) -> str:
+    """Return the name of a tensor's first dimension; empty if it has none."""
+    return kind.shape[0].name if kind.has_shape and kind.shape else ""

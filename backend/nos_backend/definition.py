@@ -1,0 +1,54 @@
+"""What the gateway hands to a worker so that it can serve a model: plain data, no Dask, no gRPC, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+DEFAULT_CALL_TIMEOUT_S = 30.0
+LOAD_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDefinition:
+    """One version of a model, complete: a worker on any host of the cluster can serve it from this."""
+
+    name: str
+    """For instance `nos/digits`."""
+    version: int
+    """1, 2, 3, ..."""
+    owner: str
+    """The tenant that registered it; `nos` for built-in models."""
+    source: str
+    """Python source; run by executors only."""
+    source_name: str
+    """Where the source came from, for tracebacks: a path, or `<notebook cell 7>`."""
+    class_name: str
+    """The top-level class or function of the source that is the model."""
+    folder: str = ""
+    """Folder of the source, where its files lie and its sibling modules are imported from; empty if none."""
+    init: list[tuple[str, Any]] = field(default_factory=list)
+    """What `__init__` is called with: (parameter, JSON value)."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    isolation: str = "shared"
+    """`shared`: one executor for all models of the owner; `process`: an executor of its own."""
+    call_timeout_s: float = DEFAULT_CALL_TIMEOUT_S
+    """The longest that one call may run; then its executor is ended. 0 means no limit."""
+    spec: bytes = b""
+    """The serialized `nos.v1.ModelSpec`: interface for argument checks and for clients."""
+
+    @property
+    def key(self) -> str:
+        """Names this version everywhere: `name@v3`."""
+        return f"{self.name}@v{self.version}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain containers, as Dask's comms carry it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Return what `to_dict` gave; lists that came back as tuples are lists again."""
+        init = [(name, value) for name, value in fields["init"]]
+        return cls(**{**fields, "init": init})

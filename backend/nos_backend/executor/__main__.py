@@ -1,0 +1,31 @@
+"""`python -m nos_backend.executor`: an executor without a fork server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import fields
+
+from nos_backend.executor.process import Start, confine
+
+
+def main() -> None:
+    """Read the start from the command line and run."""
+    parser = argparse.ArgumentParser(prog="nos_backend.executor")
+    for field in fields(Start):
+        kind = str if field.name in {"name", "device"} else int
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, required=True)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    options = vars(parser.parse_args())
+    confine(options.pop("parent_pid"))
+    start = Start(**options)
+    for fd in (start.socket_fd, start.input_fd, start.output_fd):
+        os.set_inheritable(fd, False)
+
+    from nos_backend.executor.loop import run  # torch, only once this process is confined
+
+    run(start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""The executor: takes messages from its worker, one after the other, and runs models."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import inspect
+import os
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn
+
+import torch
+
+from nos_backend.executor import failures, loading
+from nos_backend.executor.arena import Arena, ArenaFullError
+from nos_backend.executor.devices import is_out_of_memory, is_sticky, return_memory
+from nos_backend.executor.failures import NoWireFormError, RefusedError
+from nos_backend.executor.messages import Decoder, encode
+from nos_backend.executor.models import Models
+from nos_backend.executor.process import Start, flush_lines, set_title
+from nos_backend.executor.values import Inputs, Outputs
+
+_RECEIVE_BYTES: Final = 1 << 16
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+_NO_INHERIT: Final = socket.MSG_CMSG_CLOEXEC
+#: A generator pauses when this many of its items were not released yet.
+_ITEM_WINDOW: Final = 64
+#: Inputs that models keep; above it, cycles are looked for.
+_KEPT_BEFORE_GC: Final = 8
+
+Message = dict[str, Any]
+
+
+class _CancelledError(Exception):
+    """The worker asked to stop the call."""
+
+
+class _WorkerGone(BaseException):
+    """The executor has to end in the midst of a call; no model is meant to catch it."""
+
+
+def run(start: Start) -> NoReturn:
+    """Be an executor until the worker closes the socket, then end this process."""
+    set_title(f"nos:{start.name}")
+    flush_lines()
+    torch.set_num_threads(start.num_threads)
+    loading.install_stand_in()
+    # Descriptors become the loop's; nothing that a model starts inherits them.
+    peer = socket.socket(fileno=start.socket_fd)
+    with contextlib.suppress(_WorkerGone):
+        _Loop(start, peer).run()
+    # Threads and destructors of models have no say in when this process ends.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+class _Loop:
+    def __init__(self, start: Start, peer: socket.socket) -> None:
+        self._device = start.device
+        self._peer = peer
+        self._decoder = Decoder()
+        #: Arrived and not yet acted on: everything but cancel and free.
+        self._waiting: deque[Message] = deque()
+        #: The call that runs now.
+        self._running: int | None = None
+        #: Calls to stop; each is running or waiting.
+        self._cancelled: set[int] = set()
+        self._models = Models(start.device)
+        #: Descriptors that came ahead of the messages that they belong to.
+        self._fds: deque[int] = deque()
+        self._input = Arena(start.input_fd)
+        self._output = Arena(start.output_fd)
+        #: Inputs of ended calls that a model still refers to, by call.
+        self._kept: dict[int, Inputs] = {}
+        #: Items of the running call that the worker has not released.
+        self._num_items_out = 0
+
+    def run(self) -> None:
+        self._send({"op": "ready"})
+        while True:
+            while not self._waiting:
+                if not self._receive():
+                    return
+            message = self._waiting.popleft()
+            match message["op"]:
+                case "call":
+                    self._running = message["id"]
+                    # What arrived behind it may cancel it.
+                    if not self._receive(wait=False):
+                        return
+                    self._call(message)
+                    self._running = None
+                case "unload":
+                    self._models.drop(message["key"])
+                    return_memory()
+                    self._let_go()
+                case _:
+                    self._manage(message)
+
+    def _receive(self, *, wait: bool = True) -> bool:
+        """Take in what has arrived; return False when the worker is gone."""
+        try:
+            flags = _NO_INHERIT if wait else _NO_INHERIT | socket.MSG_DONTWAIT
+            # Not socket.recv_fds: Python 3.11's ignores the flags.
+            data, ancillary, _, _ = self._peer.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, flags)
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        if not data:
+            return False
+        for level, kind, raw in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds.extend(array.array("i", raw))
+        for message in self._decoder.feed(data):
+            if "num_fds" in message:
+                message["fds"] = [self._fds.popleft() for _ in range(message["num_fds"])]
+            for offset in message.get("free", ()):
+                self._output.free(offset)
+            self._num_items_out -= message.get("released", ()).count(self._running)
+            match message["op"]:
+                case "cancel":
+                    self._cancel(message["id"])
+                case "free" | "fds":
+                    pass
+                case _:
+                    self._waiting.append(message)
+        return True
+
+    def _cancel(self, call_id: int) -> None:
+        is_waiting = any(
+            message["op"] == "call" and message["id"] == call_id for message in self._waiting
+        )
+        if is_waiting or call_id == self._running:
+            self._cancelled.add(call_id)
+
+    def _send(self, message: Message) -> None:
+        self._peer.sendall(encode(message))
+
+    def _manage(self, message: Message) -> None:
+        """Load, move or evict a model."""
+        source_name = message.get("definition", {}).get("source_name", "")
+        reply: Message = {"op": "done", "id": message["id"]}
+        try:
+            reply.update(self._models.carry_out(message, message.get("fds", [])))
+        except RefusedError as error:
+            reply.update(op="failed", error=error.facts)
+        except BaseException as error:  # noqa: BLE001 - a source may raise anything, SystemExit too
+            facts = failures.raised(error, source_name, out_of_memory=is_out_of_memory(error))
+            reply.update(op="failed", error=facts)
+        if reply["op"] == "failed":
+            return_memory()
+        self._send(reply)
+
+    def _call(self, message: Message) -> None:
+        call_id = message["id"]
+        offset, size = message["block"] or (0, 0)
+        reply: Message = {"op": "error", "id": call_id}
+        inputs = None
+        source_name = ""
+        clock = _Clock()
+        self._num_items_out = 0
+        try:
+            self._check_cancelled(call_id)
+            model = self._models.get(message["key"])
+            source_name = model.source_name
+            if "pieces" in message:
+                block = self._input.gather(message["pieces"], size)
+            else:
+                block = self._input.view[offset : offset + size]
+            inputs = Inputs(block, model.device)
+            with torch.inference_mode():
+                reply = self._answer(call_id, model, message, inputs, clock)
+        except RefusedError as error:
+            reply["error"] = error.facts
+        except NoWireFormError as error:
+            reply["error"] = failures.no_wire_form(error)
+        except _CancelledError:
+            reply["error"] = RefusedError("CANCELLED", "cancelled").facts
+        except _WorkerGone:
+            raise
+        except BaseException as error:
+            reply["error"] = failures.raised(
+                error, source_name, out_of_memory=is_out_of_memory(error)
+            )
+            if is_sticky(error):
+                # Nothing that this process computes may be trusted any more; its worker starts another.
+                self._send({"op": "doomed", "reason": reply["error"]["message"]})
+                raise _WorkerGone from error
+        self._cancelled.discard(call_id)
+        reply["compute_s"] = clock.total_s
+        if inputs is not None and inputs.kept:
+            self._kept[call_id] = inputs
+            reply["kept"] = True
+        self._send(reply)
+        if self._kept:
+            self._let_go()
+
+    def _answer(
+        self,
+        call_id: int,
+        model: loading.Model,
+        message: Message,
+        inputs: Inputs,
+        clock: _Clock,
+    ) -> Message:
+        method = model.method(message["method"])
+        bound = method.bind([(name, node) for name, node in message["args"]], inputs)
+        value = self._run(method.target, bound, clock, model.device)
+        if not isinstance(value, Iterator):
+            return {"op": "result", "id": call_id, **self._place(Outputs(value), call_id)}
+        del bound
+        try:
+            while True:
+                with clock.running(model.device):
+                    try:
+                        item = next(value)
+                    except StopIteration:
+                        return {"op": "end", "id": call_id}
+                placed = self._place(Outputs(item), call_id)
+                self._num_items_out += 1
+                self._send({"op": "item", "id": call_id, "compute_s": clock.lap_s, **placed})
+                self._pause(call_id)
+        finally:
+            if inspect.isgenerator(value):
+                value.close()
+
+    def _run(
+        self, target: Any, bound: inspect.BoundArguments, clock: _Clock, device: torch.device
+    ) -> Any:
+        """Call a method; when the device has no room, once more after giving back what nobody uses."""
+        try:
+            with clock.running(device):
+                return target(*bound.args, **bound.kwargs)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not before the except block ends: its traceback holds every tensor of the failed attempt.
+        return_memory()
+        with clock.running(device):
+            return target(*bound.args, **bound.kwargs)
+
+    def _place(self, outputs: Outputs, call_id: int) -> Message:
+        """Copy a result to the output arena; waits for room."""
+        if not outputs.size:
+            return {"node": outputs.node, "block": None}
+        if outputs.size > self._output.size_bytes:
+            raise RefusedError(
+                "LIMIT_EXCEEDED",
+                "the result is too large",
+                expected=f"at most {self._output.size_bytes} bytes",
+                got=str(outputs.size),
+            )
+        asked = False
+        while True:
+            try:
+                offset = self._output.allocate(outputs.size)
+                break
+            except ArenaFullError:
+                self._wait_for_free(call_id, asked=asked)
+                asked = True
+        outputs.copy_to(self._output.view[offset : offset + outputs.size])
+        return {"node": outputs.node, "block": [offset, outputs.size]}
+
+    def _pause(self, call_id: int) -> None:
+        """Between items: see whether the caller left, and let a slow one catch up."""
+        self._receive_or_exit(wait=False)
+        asked = False
+        while self._num_items_out >= _ITEM_WINDOW:
+            self._wait_for_free(call_id, asked=asked)
+            asked = True
+        self._check_cancelled(call_id)
+
+    def _wait_for_free(self, call_id: int, *, asked: bool) -> None:
+        if not asked:
+            self._send({"op": "need"})
+        self._receive_or_exit(wait=True)
+        self._check_cancelled(call_id)
+
+    def _receive_or_exit(self, *, wait: bool) -> None:
+        if not self._receive(wait=wait):
+            raise _WorkerGone
+
+    def _check_cancelled(self, call_id: int) -> None:
+        if call_id in self._cancelled:
+            raise _CancelledError
+
+    def _let_go(self) -> None:
+        """Tell the worker which kept inputs are free by now."""
+        if len(self._kept) > _KEPT_BEFORE_GC:
+            gc.collect()
+        done = [call_id for call_id, inputs in self._kept.items() if not inputs.kept]
+        for call_id in done:
+            del self._kept[call_id]
+        if done:
+            self._send({"op": "unkept", "ids": done})
+
+
+class _Clock:
+    """Adds up the time in the model's method."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+        #: Of the last run alone.
+        self.lap_s = 0.0
+
+    def running(self, device: torch.device) -> _Lap:
+        return _Lap(self, device)
+
+
+class _Lap:
+    __slots__ = ("_clock", "_device", "_started_s")
+
+    def __init__(self, clock: _Clock, device: torch.device) -> None:
+        self._clock = clock
+        self._device = device
+        self._started_s = time.perf_counter()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        # Only what is done counts: a device runs behind the code that feeds it.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._clock.lap_s = time.perf_counter() - self._started_s
+        self._clock.total_s += self._clock.lap_s

@@ -1,0 +1,186 @@
+"""Which processes a server on this machine consists of, with their command lines; starts none of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from nos.errors import ConfigError
+from nos.wire.local import LOG_FOLDER_NAME
+
+from nos_backend.children import Child
+from nos_backend.cluster.certificates import TlsFiles
+from nos_backend.cluster.device import WorkerSettings, describe_device, find_devices
+from nos_backend.cluster.launch import Command, gateway_environ, scheduler_command, worker_command
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nos_backend.config import Settings
+
+_LOOPBACK: Final = "127.0.0.1"
+_DASHBOARD_PORT: Final = 8787
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to start."""
+
+    children: list[Child]
+    """In the order of starting; they wait for each other by themselves."""
+    tls: TlsFiles | None
+    """What their Dask comms show each other; None if a scheduler without TLS is joined."""
+    dashboard_url: str
+    """Where the Dask dashboard will listen; empty for a scheduler that is joined."""
+
+
+def plan_children(settings: Settings, run_dir: Path, token_file: Path) -> Plan:
+    """Choose devices and ports, and return the processes that serve with them.
+
+    Args:
+        settings: Of the server.
+        run_dir: Folder for what lives as long as the run.
+        token_file: Holds the token that the gateway asks for.
+
+    Raises:
+        ConfigError: If a port is taken or there is no such device.
+    """
+    devices = choose_devices(settings)
+    port = reserve_port(settings.host, settings.port, "--port")
+    children, dashboard_url = [], ""
+    if settings.scheduler:
+        scheduler = settings.scheduler
+        tls = TlsFiles(settings.tls_dir) if settings.tls_dir else None
+        # A scheduler takes each name once, and others may have a cpu-0, too.
+        devices = {
+            f"{socket.gethostname()}-{os.getpid()}-{name}": at for name, at in devices.items()
+        }
+    else:
+        tls = TlsFiles(run_dir / "tls")
+        scheduler_port = reserve_port(_LOOPBACK, 0, "")
+        scheduler = f"tls://{_LOOPBACK}:{scheduler_port}"
+        dashboard_port = _choose_dashboard_port(settings.dashboard_port)
+        dashboard_url = f"http://{_LOOPBACK}:{dashboard_port}/status"
+        command = scheduler_command(
+            host=_LOOPBACK, port=scheduler_port, dashboard_port=dashboard_port, tls=tls
+        )
+        children.append(_child("scheduler", command, settings))
+    for name, device in devices.items():
+        ready_file = run_dir / f"{name}.ready"
+        command = worker_command(
+            name=name,
+            scheduler=scheduler,
+            host=_LOOPBACK,
+            settings=WorkerSettings(
+                device=device,
+                capacity_bytes=settings.capacity_bytes,
+                headroom_bytes=settings.headroom_bytes,
+                eviction=settings.eviction,
+                max_models=settings.max_models,
+                idle_unload_s=settings.idle_unload_s,
+                host_bytes=settings.host_bytes,
+                weights_dir=str(run_dir / "weights" / name),
+                host=_LOOPBACK,
+                ready_file=str(ready_file),
+            ),
+            tls=tls,
+            scratch=run_dir / "dask",
+        )
+        children.append(_child(f"worker-{name}", command, settings, ready_file))
+    command = _gateway_command(settings, port, scheduler, tls, run_dir, token_file)
+    children.append(_child("gateway", command, settings, run_dir / "gateway.ready"))
+    return Plan(children=children, tls=tls, dashboard_url=dashboard_url)
+
+
+def choose_devices(settings: Settings) -> dict[str, str]:
+    """Return the names of the workers with their devices.
+
+    Raises:
+        ConfigError: If the machine has no such device, or fewer than workers are wanted.
+    """
+    asked, num_workers = settings.device, settings.workers
+    found = find_devices(os.environ)
+    if asked == "cuda" and found == ["cpu"]:
+        raise ConfigError(
+            "no such device",
+            "device",
+            "cuda, on a machine that has it",
+            "no CUDA device",
+            "Use --device cpu",
+        )
+    devices = found if asked in ("auto", "cuda") else [describe_device(asked, os.environ).name]
+    if devices == ["cpu"]:
+        return {f"cpu-{index}": "cpu" for index in range(max(1, num_workers))}
+    if num_workers > len(devices):
+        raise ConfigError(
+            "bad --workers", "workers", f"at most {len(devices)}, one per device", str(num_workers)
+        )
+    return {device.replace(":", "-"): device for device in devices[: num_workers or None]}
+
+
+def reserve_port(host: str, port: int, flag: str) -> int:
+    """Return `port`, or a free one for 0, after checking that it can be listened on.
+
+    Raises:
+        ConfigError: If it cannot; it names `flag`.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            # A bind beside a listener with the same option would succeed; a listen does not.
+            probe.listen(1)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host} port {port}: {(error.strerror or str(error)).lower()}",
+                flag.removeprefix("--"),
+                hint=f"Choose another with {flag}, or 0 for any free one",
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _choose_dashboard_port(asked: int) -> int:
+    if asked:
+        return reserve_port(_LOOPBACK, asked, "--dashboard-port")
+    try:
+        return reserve_port(_LOOPBACK, _DASHBOARD_PORT, "")
+    except ConfigError:
+        return reserve_port(_LOOPBACK, 0, "")
+
+
+def _gateway_command(
+    settings: Settings,
+    port: int,
+    scheduler: str,
+    tls: TlsFiles | None,
+    run_dir: Path,
+    token_file: Path,
+) -> Command:
+    arguments = [
+        *(sys.executable, "-m", "nos_backend.app"),
+        *("--host", settings.host, "--port", str(port), "--scheduler", scheduler),
+        *("--state-dir", str(settings.state_dir), "--run-dir", str(run_dir)),
+        *("--token-file", str(token_file)),
+        *("--idle-shutdown-s", f"{settings.idle_shutdown_s:g}", "--log-level", settings.log_level),
+    ]
+    if tls is not None:
+        arguments += ["--tls-dir", str(tls.folder)]
+    for folder in settings.models:
+        arguments += ["--models", str(folder)]
+    return Command(arguments=arguments, environ=gateway_environ(is_encrypted=tls is not None))
+
+
+def _child(
+    name: str, command: Command, settings: Settings, ready_file: Path | None = None
+) -> Child:
+    return Child(
+        name=name,
+        arguments=command.arguments,
+        environ={**os.environ, "PYTHONUNBUFFERED": "1", **command.environ},
+        log_path=settings.state_dir / LOG_FOLDER_NAME / f"{name}.log",
+        ready_file=ready_file,
+    )

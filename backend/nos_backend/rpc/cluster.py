@@ -1,0 +1,112 @@
+"""ClusterService: how the server stands, what happens on it, and the way to a model."""
+
+from __future__ import annotations
+
+import time
+from importlib import metadata
+from typing import TYPE_CHECKING, Final
+
+from nos.wire.v1 import cluster_pb2, cluster_pb2_grpc
+
+from nos_backend.control import report
+from nos_backend.rpc.guard import caller
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from nos_backend.control.catalogue import Catalogue
+    from nos_backend.control.cluster import Cluster, StateCache
+    from nos_backend.control.events import Events
+    from nos_backend.control.resolver import Resolver
+    from nos_backend.rpc.guard import Context
+
+_VERSION: Final = metadata.version("nos-inference")
+_MIN_INTERVAL_S: Final = 0.1
+_MAX_INTERVAL_S: Final = 10.0
+
+
+class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
+    """Serves `nos.v1.ClusterService`."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        catalogue: Catalogue,
+        states: StateCache,
+        resolver: Resolver,
+        events: Events,
+        notices: Sequence[str] = (),
+    ) -> None:
+        self._cluster = cluster
+        self._catalogue = catalogue
+        self._states = states
+        self._resolver = resolver
+        self._events = events
+        self._notices = notices
+        self._started_s = time.monotonic()
+        #: Set by whoever drains the server.
+        self.is_draining = False
+
+    async def GetStatus(
+        self, request: cluster_pb2.GetStatusRequest, context: Context
+    ) -> cluster_pb2.GetStatusResponse:
+        """Describe the server."""
+        return await self._status()
+
+    async def WatchEvents(
+        self, request: cluster_pb2.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[cluster_pb2.WatchEventsResponse]:
+        """Send events as they happen, and snapshots at the interval asked for."""
+        interval_s = None
+        if request.status_interval_s > 0:
+            interval_s = min(max(request.status_interval_s, _MIN_INTERVAL_S), _MAX_INTERVAL_S)
+        next_s = time.monotonic()
+        with self._events.watch() as watcher:
+            while True:
+                if interval_s is not None and time.monotonic() >= next_s:
+                    yield cluster_pb2.WatchEventsResponse(
+                        time_s=time.time(), kind="status", status=await self._status()
+                    )
+                    next_s = max(next_s + interval_s, time.monotonic())
+                timeout_s = None if interval_s is None else next_s - time.monotonic()
+                for event in await watcher.take(timeout_s):
+                    yield cluster_pb2.WatchEventsResponse(
+                        time_s=event.time_s,
+                        kind=event.kind,
+                        model=event.model,
+                        worker=event.worker,
+                        message=event.message,
+                    )
+
+    async def Resolve(
+        self, request: cluster_pb2.ResolveRequest, context: Context
+    ) -> cluster_pb2.ResolveResponse:
+        """Load the model if need be, and say how to reach it."""
+        way = await self._resolver.resolve(request.model, caller())
+        return cluster_pb2.ResolveResponse(
+            endpoints=[
+                cluster_pb2.Endpoint(
+                    worker=way.placement.worker,
+                    address=way.placement.address,
+                    unix_socket=way.placement.unix_socket,
+                    host_id=way.placement.host_id,
+                )
+            ],
+            ticket=way.ticket,
+            ticket_ttl_s=self._resolver.ttl_s(caller()),
+            spec=way.version.spec,
+        )
+
+    async def _status(self) -> cluster_pb2.GetStatusResponse:
+        workers = report.workers(await self._states.read())
+        state = "ready" if workers else "starting"
+        return cluster_pb2.GetStatusResponse(
+            version=_VERSION,
+            uptime_s=time.monotonic() - self._started_s,
+            workers=workers,
+            num_models=len(self._catalogue),
+            dashboard_url=self._cluster.dashboard_url,
+            scheduler_address=self._cluster.address,
+            state="draining" if self.is_draining else state,
+            notices=self._notices,
+        )

@@ -1,0 +1,288 @@
+"""ModelService: the catalogue, and the life of its models on the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Final
+
+from nos.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    PermissionDeniedError,
+    UnimplementedError,
+)
+from nos.wire.signature import bind, check_call
+from nos.wire.v1 import access_pb2, models_pb2, models_pb2_grpc
+
+from nos_backend.control import report
+from nos_backend.control.blobs import disk_errors
+from nos_backend.control.catalogue import BUILT_IN_OWNER
+from nos_backend.control.describe import DEVICES, ISOLATIONS
+from nos_backend.control.describe_apart import describe_apart
+from nos_backend.control.names import parse_reference
+from nos_backend.definition import ModelDefinition
+from nos_backend.rpc.guard import actor, caller
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from nos.wire.v1 import values_pb2
+
+    from nos_backend.control.catalogue import Catalogue, Entry
+    from nos_backend.control.cluster import StateCache
+    from nos_backend.control.events import Events
+    from nos_backend.control.folders import FolderStore
+    from nos_backend.control.registrar import Registrar
+    from nos_backend.control.resolver import Resolver
+    from nos_backend.rpc.guard import Context
+
+_SETTLE_S: Final = 2.5
+_SETTLE_POLL_S: Final = 0.5
+
+
+class ModelService(models_pb2_grpc.ModelServiceServicer):
+    """Serves `nos.v1.ModelService`."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        registrar: Registrar,
+        folders: FolderStore,
+        states: StateCache,
+        resolver: Resolver,
+        events: Events,
+    ) -> None:
+        self._catalogue = catalogue
+        self._registrar = registrar
+        self._folders = folders
+        self._states = states
+        self._resolver = resolver
+        self._events = events
+
+    async def ListModels(
+        self, request: models_pb2.ListModelsRequest, context: Context
+    ) -> models_pb2.ListModelsResponse:
+        """List the catalogue."""
+        state = await self._states.read()
+        return models_pb2.ListModelsResponse(
+            models=[
+                report.model_info(entry, state)
+                for entry in self._catalogue.entries(request.pattern)
+            ]
+        )
+
+    async def GetModelInfo(
+        self, request: models_pb2.GetModelInfoRequest, context: Context
+    ) -> models_pb2.GetModelInfoResponse:
+        """Describe one model."""
+        return models_pb2.GetModelInfoResponse(model=await self._info(request.model))
+
+    async def RegisterModel(
+        self, request: models_pb2.RegisterModelRequest, context: Context
+    ) -> models_pb2.RegisterModelResponse:
+        """Take a source as a model."""
+        _check_option("device", request.device, DEVICES)
+        _check_option("isolation", request.isolation, ISOLATIONS)
+        source_name = request.source_name or f"<{request.name or 'model'}>"
+        if request.files:
+            # Executors join it with the folder, whose place is not that on the author's machine.
+            source_name = PurePath(source_name).name
+        descriptions = await describe_apart(request.source, request.class_name, source_name)
+        if len(descriptions) > 1:
+            names = ", ".join(description.class_name for description in descriptions)
+            raise InvalidRequestError(
+                "the source holds several models", "class_name", f"one of {names[:200]}"
+            )
+        description = descriptions[0]
+        name = request.name or description.spec.name
+        folder = ""
+        if request.files:
+            with disk_errors("files"):
+                folder = str(await asyncio.to_thread(self._folders.make, request.files))
+        definition = ModelDefinition(
+            name=name,
+            version=0,
+            owner=self._owner(name),
+            source=request.source,
+            source_name=source_name,
+            class_name=description.class_name,
+            folder=folder,
+            init=_init(description.init, request.init_arguments),
+            device=request.device or "auto",
+            isolation=request.isolation or "shared",
+        )
+        version = await self._registrar.register(definition, description, actor())
+        return models_pb2.RegisterModelResponse(model=await self._info(version.definition.name))
+
+    async def LoadModel(
+        self, request: models_pb2.LoadModelRequest, context: Context
+    ) -> models_pb2.LoadModelResponse:
+        """Load a model and wait for it."""
+        await self._resolver.load(self._catalogue.find(request.model))
+        return models_pb2.LoadModelResponse(model=await self._info(request.model, max_age_s=0))
+
+    async def UnloadModel(
+        self, request: models_pb2.UnloadModelRequest, context: Context
+    ) -> models_pb2.UnloadModelResponse:
+        """Unload one version, or all of them where none is named."""
+        entry = self._catalogue.entry(request.model)
+        _check_owner(entry)
+        if "@" in request.model:
+            keys = [self._catalogue.find(request.model).key]
+        else:
+            keys = report.loaded_keys(entry, await self._states.read(0))
+        for key in keys:
+            await self._resolver.unload(key)
+        return models_pb2.UnloadModelResponse(model=await self._info(request.model, max_age_s=0))
+
+    async def DeleteModel(
+        self, request: models_pb2.DeleteModelRequest, context: Context
+    ) -> models_pb2.DeleteModelResponse:
+        """Forget a model, then unload all its versions."""
+        if "@" in request.model:
+            raise InvalidRequestError(
+                "a model is deleted with all its versions", "model", "a bare name", request.model
+            )
+        entry = self._catalogue.entry(request.model)
+        _check_owner(entry)
+        keys = report.loaded_keys(entry, await self._states.read(0))
+        await self._registrar.delete(entry.name, actor())
+        for key in keys:
+            await self._resolver.unload(key)
+        return models_pb2.DeleteModelResponse()
+
+    async def ScaleModel(
+        self, request: models_pb2.ScaleModelRequest, context: Context
+    ) -> models_pb2.ScaleModelResponse:
+        """Accept one replica; more are for later."""
+        entry = self._catalogue.entry(request.model)
+        _check_owner(entry)
+        if (request.min_replicas, request.max_replicas) not in {(0, 1), (1, 1)}:
+            raise UnimplementedError(
+                "this server runs one replica of each model",
+                "max_replicas",
+                "1",
+                f"{request.min_replicas} to {request.max_replicas}",
+            )
+        return models_pb2.ScaleModelResponse(model=await self._info(request.model))
+
+    async def WatchModels(
+        self, request: models_pb2.WatchModelsRequest, context: Context
+    ) -> AsyncIterator[models_pb2.WatchModelsResponse]:
+        """Send all infos, then each that changes."""
+        #: What the client knows, by name.
+        told: dict[str, models_pb2.WatchModelsResponse] = {}
+        settled_s = 0.0
+        with self._events.watch() as watcher:
+            while True:
+                state = await self._states.read(0)
+                names = {entry.name for entry in self._catalogue.entries()} | told.keys()
+                for name in sorted(names):
+                    change = self._change(name, state)
+                    if change.is_deleted:
+                        del told[name]
+                    elif _is_news(change, told.get(name)):
+                        told[name] = change
+                    else:
+                        continue
+                    yield change
+                # Workers report once a second, so news may follow an event late.
+                loading = any(
+                    change.model.state == models_pb2.MODEL_STATE_LOADING for change in told.values()
+                )
+                unsettled = loading or time.monotonic() < settled_s
+                if await watcher.take(_SETTLE_POLL_S if unsettled else None):
+                    settled_s = time.monotonic() + _SETTLE_S
+
+    def _owner(self, name: str) -> str:
+        """Return whose model a registration makes: an admin's goes to whoever has the name."""
+        identity, entry = caller(), self._catalogue.get(name)
+        if entry is None or entry.owner == BUILT_IN_OWNER or identity.role < access_pb2.ROLE_ADMIN:
+            return identity.tenant
+        return entry.owner
+
+    def _change(self, name: str, state: dict[str, Any]) -> models_pb2.WatchModelsResponse:
+        try:
+            entry = self._catalogue.entry(name)
+        except ModelNotFoundError:
+            spec = models_pb2.ModelSpec(name=name)
+            return models_pb2.WatchModelsResponse(
+                model=models_pb2.ModelInfo(spec=spec), is_deleted=True
+            )
+        return models_pb2.WatchModelsResponse(model=report.model_info(entry, state))
+
+    async def _info(self, reference: str, max_age_s: float = 0.1) -> models_pb2.ModelInfo:
+        entry = self._catalogue.entry(reference)
+        _, number = parse_reference(reference)
+        if number is not None:
+            number = self._catalogue.find(reference).definition.version
+        return report.model_info(entry, await self._states.read(max_age_s), number)
+
+
+def _is_news(
+    change: models_pb2.WatchModelsResponse, told: models_pb2.WatchModelsResponse | None
+) -> bool:
+    """Tell whether more than the counters of calls differ."""
+    if told is None:
+        return True
+    now, before = models_pb2.ModelInfo(), models_pb2.ModelInfo()
+    now.CopyFrom(change.model)
+    before.CopyFrom(told.model)
+    for replica in (*now.replicas, *before.replicas):
+        replica.num_pending = replica.num_answered = 0
+    return now != before
+
+
+def _check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value and value not in choices:
+        raise InvalidRequestError(
+            f"option {name} is wrong", name, f"one of {', '.join(choices)}", repr(value[:80])
+        )
+
+
+def _check_owner(entry: Entry) -> None:
+    """Accept the owner of a model, and admins.
+
+    Raises:
+        PermissionDeniedError: If the caller is neither.
+    """
+    identity = caller()
+    if identity.role < access_pb2.ROLE_ADMIN and identity.tenant != entry.owner:
+        raise PermissionDeniedError(
+            f"{entry.name} is another owner's", "model", entry.owner, identity.tenant
+        )
+
+
+def _init(
+    method: models_pb2.Method, arguments: Iterable[values_pb2.Argument]
+) -> list[tuple[str, Any]]:
+    """Check what `__init__` is to be called with, and return it as JSON values by name."""
+    given = list(arguments)
+    check_call(method, given)
+    args = [_plain(item.value) for item in given if not item.name]
+    bound = bind(method, args, {item.name: _plain(item.value) for item in given if item.name})
+    if any(not name for name, _ in bound):
+        raise InvalidRequestError(
+            "*args of __init__ cannot be given", "init_arguments", "arguments by name"
+        )
+    return bound
+
+
+def _plain(node: values_pb2.Value) -> Any:
+    kind = node.WhichOneof("kind")
+    if kind in {None, "null"}:
+        return None
+    if kind == "items":
+        return [_plain(item) for item in node.items.items]
+    if kind == "fields":
+        return {member.key: _plain(member.value) for member in node.fields.fields}
+    if kind in {"flag", "integer", "real", "text"}:
+        return getattr(node, str(kind))
+    raise InvalidRequestError(
+        "an argument of __init__ is too large for a model's definition",
+        "init_arguments",
+        "text, numbers, lists and dicts",
+        str(kind),
+    )

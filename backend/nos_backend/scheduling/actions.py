@@ -1,0 +1,103 @@
+"""What goes into the device's queue, and what it answers: plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from nos.errors import NosError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One unit of work, as far as scheduling cares."""
+
+    id: int
+    model: str
+    tenant: str
+    size_bytes: int = 0
+    deadline_s: float | None = None
+    """When its answer is worth nothing any more, on the clock of `now_s`."""
+    may_wait: bool = False
+    """Admitted although the queue is full: its sender waits for it, and has few of them by its window."""
+    key: Hashable | None = None
+    """Requests of a model with equal keys may run as one batch; None runs alone."""
+    rows: int = 1
+    """How much of a batch it is."""
+    sender: int = 0
+    """Whoever sends its next request on the answer to this one, for instance a stream; 0 for nobody known."""
+    weight: float = 1.0
+    """Its tenant's share of the device, against those of others."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Requests that run in one forward pass."""
+
+    id: int
+    model: str
+    executor: str
+    requests: tuple[Request, ...]
+    rows: int = 1
+    """Of all requests."""
+    gather_s: float = 0.0
+    """How long it could have run and waited for more requests instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Hand the batch to its executor."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The request was not admitted; tell its caller."""
+
+    request_id: int
+    error: NosError
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The request is over: deliver its result, or `error` instead of it."""
+
+    request_id: int
+    error: NosError | None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCall:
+    """Nobody waits for this running request any more; a generator may stop."""
+
+    request_id: int
+    executor: str
+
+
+@dataclass(frozen=True, slots=True)
+class KillExecutor:
+    """End the process; `executor_lost` is expected to follow."""
+
+    executor: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The executor is idle and gets no batch until `release`."""
+
+    executor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """A model under `drain` has no request left."""
+
+    model: str
+
+
+Action: TypeAlias = Start | Refuse | End | CancelCall | KillExecutor | Held | Drained

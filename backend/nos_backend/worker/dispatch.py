@@ -1,0 +1,478 @@
+"""Carries out what the device's queue decides: hands requests to executors and answers to their callers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from nos.errors import ExecutorLostError, ModelError, NosError
+
+from nos_backend.scheduling import device_queue
+from nos_backend.scheduling.device_queue import (
+    Batch,
+    CancelCall,
+    DeviceQueue,
+    Drained,
+    End,
+    Held,
+    KillExecutor,
+    Refuse,
+    Start,
+)
+from nos_backend.worker import batches
+from nos_backend.worker.executors import Executor, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nos.wire.v1 import models_pb2
+
+    from nos_backend.worker.executors import Block, Blocks
+    from nos_backend.worker.inputs import Input
+    from nos_backend.worker.memory import DeviceMemory
+
+_logger = logging.getLogger(__name__)
+_request_ids = itertools.count(1)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """One call on its way through a worker. Exactly one terminal reply reaches its sink."""
+
+    model: str
+    """The version, as `name@v3`."""
+    method: str
+    tenant: str
+    """For whom it runs; fairness is between tenants."""
+    arguments: list[list[Any]]
+    """JSON nodes, checked."""
+    sink: Callable[[Reply], None]
+    """Called on the loop with items, then with one terminal reply; has to release each."""
+    input: Input | None = None
+    """The bytes that the arguments count into; the dispatcher's from `submit` on."""
+    deadline_s: float | None = None
+    """When the answer is worth nothing any more, on the loop's clock."""
+    may_wait: bool = False
+    """Its sender is held back by a window, so that a full queue need not refuse it."""
+    sender: int = 0
+    """Names the stream that it came by; 0 for none."""
+    id: int = field(default_factory=_request_ids.__next__, init=False)
+    arrived_s: float = field(default=0.0, init=False)
+    granted_s: float = field(default=0.0, init=False)
+    """When the device was granted to it; 0 until then."""
+    batch_wait_s: float = field(default=0.0, init=False)
+    """How long of that it waited for others to run with."""
+    part: batches.Part | None = field(default=None, init=False)
+    """What it is to a batch; None if it runs alone."""
+
+
+def failure(error: NosError) -> Reply:
+    """Return the terminal reply that carries `error`."""
+    return Reply("error", error=error)
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A batch on its executor."""
+
+    batch: Batch
+    executor: Executor
+    #: Those that an answer is awaited for: all, or after a failure each that runs alone.
+    open: list[Request]
+    #: Of each request in `open`.
+    blocks: list[Block | None]
+    #: The input of all.
+    joined: Blocks | None = None
+    #: Whether one failed that ran alone.
+    has_culprit: bool = False
+
+
+class Dispatcher:
+    """The requests of one device. Everything runs on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        max_concurrent_batches: int,
+        on_lost: Callable[[str, Executor, str], None],
+        memory: DeviceMemory,
+    ) -> None:
+        """Make a dispatcher without executors.
+
+        Args:
+            max_concurrent_batches: Batches that run at once.
+            on_lost: Called with (slot, executor, reason) when a call finds its executor dead; has to
+                call `lost`.
+            memory: Knows whose weights are on the device, and is told what runs.
+        """
+        self._queue = DeviceQueue(
+            max_concurrent_batches=max_concurrent_batches, may_start=memory.may_start
+        )
+        self._on_lost = on_lost
+        self._memory = memory
+        self._loop = asyncio.get_running_loop()
+        #: The living executor of each slot.
+        self._executors: dict[str, Executor] = {}
+        #: Every request without an end, by id.
+        self._requests: dict[int, Request] = {}
+        #: Terminal replies that the queue has yet to let pass, by request.
+        self._replies: dict[int, Reply] = {}
+        #: Decided and not yet carried out.
+        self._actions: deque[device_queue.Action] = deque()
+        self._is_applying = False
+        self._num_answered: dict[str, int] = {}
+        #: How calls are joined, by (model, method).
+        self._plans: dict[tuple[str, str], batches.Plan] = {}
+        self._held: dict[str, asyncio.Future[None]] = {}
+        self._drained: dict[str, asyncio.Future[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    # What the manager may ask.
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait."""
+        return self._queue.num_queued
+
+    @property
+    def num_running(self) -> int:
+        """Batches that run."""
+        return self._queue.num_running
+
+    def num_pending(self, model: str) -> int:
+        """Requests of a model that wait or run."""
+        return self._queue.num_pending(model)
+
+    def num_answered(self, model: str) -> int:
+        """Requests of a model that ended in an answer, errors of its code included."""
+        return self._num_answered.get(model, 0)
+
+    def running_model(self, slot: str) -> str | None:
+        """Which model a slot's executor runs at the moment."""
+        return self._queue.running_model(slot)
+
+    # Executors and models.
+
+    def attach(self, slot: str, executor: Executor) -> None:
+        """Use `executor` for the slot from now on."""
+        self._executors[slot] = executor
+
+    def detach(self, slot: str) -> None:
+        """Forget the slot's executor, which has no model left."""
+        self._executors.pop(slot, None)
+
+    def lost(self, slot: str, reason: str) -> None:
+        """The slot's executor died; its models wait until they are opened again."""
+        self._executors.pop(slot, None)
+        self._apply(self._queue.executor_lost(slot, reason, now_s=self._loop.time()))
+        self._resolve(self._held.pop(slot, None))
+
+    def open(
+        self,
+        model: str,
+        slot: str,
+        call_timeout_s: float,
+        spec: models_pb2.ModelSpec | None = None,
+    ) -> None:
+        """Let a model's requests run on a slot; a timeout of 0 means none, without `spec` each runs alone."""
+        limits = None
+        if spec is not None:
+            limits = batches.limits(spec)
+            for method, plan in batches.plans(spec).items():
+                self._plans[model, method] = plan
+        actions = self._queue.open_model(
+            model, slot, now_s=self._loop.time(), call_timeout_s=call_timeout_s, limits=limits
+        )
+        self._apply(actions)
+
+    def close(self, model: str, error: NosError) -> None:
+        """End what waits for a model."""
+        self._apply(self._queue.close_model(model, error, now_s=self._loop.time()))
+        self._num_answered.pop(model, None)
+        self._plans = {key: plan for key, plan in self._plans.items() if key[0] != model}
+        self._resolve(self._drained.pop(model, None))
+
+    def refuse_waiting(self, model: str, error: NosError) -> None:
+        """End what waits for a model, which stays open."""
+        self._apply(self._queue.refuse_waiting(model, error, now_s=self._loop.time()))
+
+    def look_again(self) -> None:
+        """Start what may start by now: weights came to the device."""
+        self._apply(self._queue.tick(now_s=self._loop.time()))
+
+    async def drain(self, model: str) -> None:
+        """Admit nothing more for a model and wait until nothing of it is left."""
+        future = self._drained.get(model)
+        if future is None:
+            future = self._drained[model] = self._loop.create_future()
+            self._apply(self._queue.drain(model, now_s=self._loop.time()))
+        await asyncio.shield(future)
+
+    async def hold(self, slot: str) -> None:
+        """Wait until the slot's executor is idle, and keep it so until `release`."""
+        future = self._held[slot] = self._loop.create_future()
+        self._apply(self._queue.hold(slot, now_s=self._loop.time()))
+        await future
+
+    def release(self, slot: str) -> None:
+        """Take back `hold`."""
+        self._held.pop(slot, None)
+        self._apply(self._queue.release(slot, now_s=self._loop.time()))
+
+    # Requests.
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its sink hears of a refusal at once."""
+        now_s = request.arrived_s = self._loop.time()
+        self._requests[request.id] = request
+        plan = self._plans.get((request.model, request.method))
+        part = request.part = plan.part(request.arguments) if plan else None
+        wanted = device_queue.Request(
+            id=request.id,
+            model=request.model,
+            tenant=request.tenant,
+            size_bytes=request.input.view.nbytes if request.input else 0,
+            deadline_s=request.deadline_s,
+            may_wait=request.may_wait,
+            key=(request.method, part.key) if part else None,
+            rows=part.num_rows if part else 1,
+            sender=request.sender,
+        )
+        self._apply(self._queue.arrive(wanted, now_s=now_s))
+
+    def cancel(self, request_id: int) -> None:
+        """End a request early; an ended one is left alone."""
+        self._apply(self._queue.cancel(request_id, now_s=self._loop.time()))
+
+    def end_all(self, error: NosError) -> None:
+        """End every request there is, and stop keeping time."""
+        for request_id in list(self._requests):
+            self._end(request_id, failure(error))
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # Carrying out.
+
+    def _apply(self, actions: list[device_queue.Action]) -> None:
+        """Carry out actions in order; those that follow from one of them come after the rest."""
+        self._actions.extend(actions)
+        if self._is_applying:
+            return
+        self._is_applying = True
+        try:
+            while self._actions:
+                self._carry_out(self._actions.popleft())
+        finally:
+            self._is_applying = False
+        self._keep_time()
+
+    def _carry_out(self, action: device_queue.Action) -> None:
+        match action:
+            case Start(batch):
+                self._start(batch)
+            case End(request_id, None):
+                request = self._requests.get(request_id)
+                if request is not None:
+                    answered = self._num_answered.get(request.model, 0)
+                    self._num_answered[request.model] = answered + 1
+                self._end(request_id, self._replies.pop(request_id))
+            case End(request_id, NosError() as error) | Refuse(request_id, error):
+                unwanted = self._replies.pop(request_id, None)
+                if unwanted is not None:
+                    unwanted.release()
+                self._end(request_id, failure(error))
+            case CancelCall(request_id, slot):
+                executor = self._executors.get(slot)
+                if executor is not None:
+                    executor.cancel(request_id)
+            case KillExecutor(slot, reason):
+                executor = self._executors.get(slot)
+                if executor is not None:
+                    executor.kill(reason)
+            case Held(slot):
+                self._resolve(self._held.get(slot))
+            case Drained(model):
+                self._resolve(self._drained.get(model))
+
+    def _start(self, batch: Batch) -> None:
+        run = _Run(batch, self._executors[batch.executor], [], [])
+        now_s = self._loop.time()
+        self._memory.started(batch.model)
+        for request in [self._requests[item.id] for item in batch.requests]:
+            request.granted_s = now_s
+            request.batch_wait_s = min(batch.gather_s, now_s - request.arrived_s)
+            taken, request.input = request.input, None
+            try:
+                block = taken.hand_over(run.executor) if taken else None
+            except NosError as error:
+                if taken is not None:
+                    taken.release()
+                self._settle(request, failure(error))
+            else:
+                run.open.append(request)
+                run.blocks.append(block)
+        if len(run.open) > 1:
+            self._call_as_one(run)
+        else:
+            self._call_each(run)
+
+    def _call_as_one(self, run: _Run) -> None:
+        head = run.open[0]
+        members = [
+            batches.Member(request.arguments, request.part, block)
+            for request, block in zip(run.open, run.blocks, strict=True)
+            if request.part is not None  # all: only such share a batch
+        ]
+        arguments, run.joined = batches.join(self._plans[head.model, head.method], members)
+        run.executor.call(
+            next(_request_ids),
+            head.model,
+            head.method,
+            arguments,
+            run.joined,
+            partial(self._on_joined_reply, run, run.joined),
+        )
+
+    def _on_joined_reply(self, run: _Run, joined: Blocks, reply: Reply) -> None:
+        if reply.kind == "item":  # of a method that said it was no generator
+            reply.release()
+            return
+        if isinstance(reply.error, ExecutorLostError):
+            joined.release()
+            self._lose(run, reply, reply.error)
+            return
+        parts = [request.part for request in run.open if request.part is not None]
+        try:
+            replies = batches.split(reply, parts)
+        except (NosError, batches.WrongRowsError) as error:
+            _logger.info("a batch of %s failed: %s", run.batch.model, type(error).__name__)
+            reply.release()
+            self._retry(run, joined)
+            return
+        joined.release()
+        for request, part in zip(run.open, replies, strict=True):
+            self._settle(request, part)
+        self._finish(run.batch)
+
+    def _retry(self, run: _Run, joined: Blocks) -> None:
+        """Run each request of a failed batch alone, so that one that fails fails for itself."""
+        if joined.is_kept:
+            # A model refers to the blocks, which the calls would give back at their end.
+            copies: list[Block | None] = []
+            try:
+                copies.extend(block and run.executor.copy(block) for block in run.blocks)
+            except NosError as error:
+                for request in run.open:
+                    self._settle(request, failure(error))
+                for block in copies:
+                    if block is not None:
+                        block.release()
+                run.open.clear()
+                copies.clear()
+            run.blocks = copies
+            joined.release()
+        live = []
+        for request, block in zip(run.open, run.blocks, strict=True):
+            if self._queue.is_live(request.id):
+                live.append((request, block))
+            elif block is not None:
+                block.release()
+        run.open = [request for request, _ in live]
+        run.blocks = [block for _, block in live]
+        self._call_each(run)
+
+    def _call_each(self, run: _Run) -> None:
+        if not run.open:
+            self._finish(run.batch)
+        for request, block in zip(list(run.open), run.blocks, strict=True):
+            run.executor.call(
+                request.id,
+                request.model,
+                request.method,
+                request.arguments,
+                block,
+                partial(self._on_reply, run, request),
+            )
+
+    def _on_reply(self, run: _Run, request: Request, reply: Reply) -> None:
+        if reply.kind == "item":
+            if self._queue.is_live(request.id):
+                request.sink(reply)
+            else:
+                reply.release()
+            return
+        if isinstance(reply.error, ExecutorLostError):
+            self._lose(run, reply, reply.error)
+            return
+        batch = run.batch
+        if reply.kind == "result" and request.part is not None:
+            try:
+                batches.check(reply, request.part)
+            except batches.WrongRowsError as error:
+                reply.release()
+                text = f"{request.model} gave another number of rows than it got: {error}"
+                reply = failure(ModelError(text, "WrongRowsError", str(error)))
+        run.has_culprit |= reply.error is not None
+        run.open.remove(request)
+        self._settle(request, reply)
+        if run.open:
+            self._queue.progressed(batch.id, batch.executor, now_s=self._loop.time())
+            return
+        if run.joined is not None and not run.has_culprit:
+            # Nothing was wrong with any of them: together they are too many, or do not mix.
+            max_rows = self._queue.shrink(batch.model, batch.rows // 2)
+            _logger.warning(
+                "a batch of %d rows of %s failed, but each request alone did not: at most %d from now on",
+                batch.rows,
+                batch.model,
+                max_rows,
+            )
+        self._finish(batch)
+
+    def _lose(self, run: _Run, reply: Reply, error: ExecutorLostError) -> None:
+        reply.release()
+        self._on_lost(run.batch.executor, run.executor, error.got or str(error))
+
+    def _settle(self, request: Request, reply: Reply) -> None:
+        """Keep a terminal reply until the queue lets it pass."""
+        if self._queue.is_live(request.id):
+            self._replies[request.id] = reply
+        else:
+            reply.release()
+
+    def _finish(self, batch: Batch) -> None:
+        self._memory.finished(batch.model)
+        self._apply(self._queue.finish(batch.id, batch.executor, now_s=self._loop.time()))
+
+    def _end(self, request_id: int, reply: Reply) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            reply.release()
+            return
+        if request.input is not None:
+            request.input.release()
+            request.input = None
+        request.sink(reply)
+
+    def _keep_time(self) -> None:
+        """Have a timer that fires in time; one that fires too early does no harm and is cheaper."""
+        wake_s = self._queue.next_wake_s()
+        if wake_s is None or (self._timer is not None and self._timer.when() <= wake_s):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(wake_s, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._apply(self._queue.tick(now_s=self._loop.time()))
+
+    @staticmethod
+    def _resolve(future: asyncio.Future[None] | None) -> None:
+        if future is not None and not future.done():
+            future.set_result(None)

@@ -1,0 +1,770 @@
+"""The worker's handles to executors and to the fork server that makes them.
+
+Everything here belongs to one event loop: call it from the loop's thread only. That thread must live as
+long as the worker, since an executor that was spawned dies with the thread that spawned it. What comes
+from an executor is checked like input from the network; one that breaks the protocol is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from nos.errors import (
+    CancelledError,
+    ExecutorLostError,
+    InternalError,
+    InvalidRequestError,
+    InvalidTensorError,
+    LimitExceededError,
+    LoadError,
+    MethodNotFoundError,
+    ModelError,
+    ModelNotFoundError,
+    NosError,
+    OutOfDeviceMemoryError,
+    OverloadedError,
+    UnavailableError,
+)
+
+from nos_backend.executor.arena import DEFAULT_ARENA_BYTES, Arena, ArenaFullError
+from nos_backend.executor.log_lines import LogLines
+from nos_backend.executor.messages import (
+    Decoder,
+    MalformedError,
+    check_block,
+    check_node,
+    encode,
+)
+from nos_backend.worker.processes import START_TIMEOUT_S, ForkServer, ProcessRequest, make_process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nos_backend.definition import ModelDefinition
+    from nos_backend.worker.processes import Process
+
+__all__ = ["Block", "Constructed", "Executor", "ForkServer", "LoadedModel", "Reply"]
+
+logger = logging.getLogger(__name__)
+#: What models print.
+log_output = logging.getLogger("nos_backend.executor.log")
+
+#: How long a dead executor's socket may take to say so.
+_DRAIN_TIMEOUT_S: Final = 1.0
+_CLOSE_TIMEOUT_S: Final = 2.0
+_LOG_READ_BYTES: Final = 1 << 16
+#: Freed output that is not announced yet; more of it is announced at once.
+_LAZY_FREE_BYTES: Final = 64 << 20
+_TRACEBACK_TAIL_LINES: Final = 3
+_FULL_PIPE_S: Final = 0.005
+_REASON_CHARS: Final = 300
+
+#: What comes of taking apart a message that is not as it should be.
+_NONSENSE: Final = (AttributeError, KeyError, MalformedError, OverflowError, TypeError, ValueError)
+#: Errors that an executor may report.
+_ERRORS: Final[dict[str, type[NosError]]] = {
+    "INVALID_REQUEST": InvalidRequestError,
+    "INVALID_TENSOR": InvalidTensorError,
+    "MODEL_NOT_FOUND": ModelNotFoundError,
+    "METHOD_NOT_FOUND": MethodNotFoundError,
+    "LIMIT_EXCEEDED": LimitExceededError,
+    "OUT_OF_MEMORY": OutOfDeviceMemoryError,
+    "CANCELLED": CancelledError,
+    "LOAD_FAILED": LoadError,
+    "UNAVAILABLE": UnavailableError,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that an executor has loaded."""
+
+    key: str
+    weight_bytes: int
+    """Parameters and buffers."""
+    load_s: float
+    """Running its source and moving its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constructed:
+    """A model that an executor has made and does not serve yet."""
+
+    size_bytes: int
+    """Of its flat run of weights; 0 if it has none."""
+    skeleton_bytes: int
+    """Of the rest of it; 0 if it cannot be moved to another executor."""
+    immovable: str
+    """Why it cannot be moved."""
+    loose: tuple[str, ...]
+    """The first of its tensors that are in no run, each with the reason."""
+    took_s: float
+    """Running its source and its constructor."""
+
+
+class _Lease:
+    """The right to read a block of the output arena; ends once."""
+
+    __slots__ = ("_release",)
+
+    def __init__(self, release: Callable[[], None] | None) -> None:
+        self._release = release
+
+    def end(self) -> None:
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
+_NO_LEASE: Final = _Lease(None)
+_NO_BYTES: Final = memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer to a call; handed to its sink, on the loop."""
+
+    kind: str
+    """`result`, `item`, `end` or `error`; all but `item` are the last of their call."""
+    node: Any = None
+    """JSON node, checked; None for `end` and `error`."""
+    block: memoryview = _NO_BYTES
+    """The bytes that the node's offsets count from; valid until `release`."""
+    compute_s: float = 0.0
+    """In the model's method: for an item since the last one, else in all."""
+    error: NosError | None = None
+    """Why it failed; set for `error` only."""
+    batch_size: int = 1
+    """Number of calls that ran as one."""
+    _lease: _Lease = field(default=_NO_LEASE, repr=False)
+
+    def release(self) -> None:
+        """Let the executor use the block again; every reply wants this once, more do no harm."""
+        self._lease.end()
+
+    @classmethod
+    def shared(
+        cls,
+        node: Any,
+        block: memoryview,
+        compute_s: float,
+        batch_size: int,
+        release: Callable[[], None],
+    ) -> Reply:
+        """Return one call's result of a batch; `release` is called once."""
+        return cls("result", node, block, compute_s, None, batch_size, _Lease(release))
+
+
+class Block:
+    """A reservation in the input arena of an executor."""
+
+    __slots__ = ("_arena", "_is_released", "offset", "view")
+
+    def __init__(self, arena: Arena, size: int) -> None:
+        self._arena = arena
+        self._is_released = False
+        self.offset = arena.allocate(size)
+        #: Writable, exactly as large as asked for.
+        self.view = arena.view[self.offset : self.offset + size]
+
+    def release(self) -> None:
+        """Give it back; once handed to a call, that call does it. More than once does no harm."""
+        if not self._is_released:
+            self._is_released = True
+            self._arena.free(self.offset)
+
+
+class Blocks:
+    """The inputs of a batch: pieces of blocks that the executor puts together.
+
+    Held by the call and by whoever made the batch, who needs the blocks again if it fails.
+    """
+
+    __slots__ = ("_blocks", "_num_holders", "pieces", "size")
+
+    def __init__(self, blocks: list[Block], pieces: list[tuple[int, int, int]], size: int) -> None:
+        self._blocks = blocks
+        self._num_holders = 2
+        #: (offset in the arena, bytes, offset in the joined input).
+        self.pieces = pieces
+        #: Bytes of the joined input.
+        self.size = size
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the call has not let go of it; while it runs, or a model refers to its input."""
+        return self._num_holders > 1
+
+    def release(self) -> None:
+        """Let go of it, each holder once; the last one frees the blocks."""
+        self._num_holders -= 1
+        if not self._num_holders:
+            for block in self._blocks:
+                block.release()
+
+
+@dataclass(slots=True)
+class _Call:
+    sink: Callable[[Reply], None]
+    block: Block | Blocks | None
+
+
+class Executor(asyncio.Protocol):
+    """A process that runs models of one owner on one device."""
+
+    def __init__(self, name: str, device: str, arenas: tuple[Arena, Arena], log_fd: int) -> None:
+        self.name = name
+        self.device = device
+        self.pid = 0
+        self._loop = asyncio.get_running_loop()
+        #: Resolves with why it ended: a `kill` reason, exit code or signal in words.
+        self.closed: asyncio.Future[str] = self._loop.create_future()
+        self._input, self._output = arenas
+        self._log_fd = log_fd
+        self._log = LogLines()
+        self._decoder = Decoder()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._disconnected: asyncio.Future[None] = self._loop.create_future()
+        self._request_ids = itertools.count(1)
+        #: Everything but calls that has no answer yet.
+        self._requests: dict[int, asyncio.Future[dict[str, Any] | NosError]] = {}
+        #: The transport's, which has no way to send descriptors.
+        self._socket: socket.socket
+        #: Calls without their last reply.
+        self._calls: dict[int, _Call] = {}
+        #: Blocks of ended calls whose input a model still refers to.
+        self._kept: dict[int, Block | Blocks] = {}
+        self._freed: list[int] = []
+        self._freed_bytes = 0
+        self._released: list[int] = []
+        #: Whether the executor waits for memory, so that what is freed is announced at once.
+        self._is_needy = False
+        #: Why it was killed, or that it ended by itself; nothing is sent to it any more.
+        self._lost: str | None = None
+        self._transport: asyncio.Transport
+        self._process: Process
+        self._watch: asyncio.Task[None]
+        os.set_blocking(log_fd, False)
+        self._loop.add_reader(log_fd, self._read_log)
+
+    @classmethod
+    async def start(
+        cls,
+        name: str,
+        *,
+        device: str,
+        num_threads: int,
+        forkserver: ForkServer | None,
+        arena_bytes: int = DEFAULT_ARENA_BYTES,
+    ) -> Executor:
+        """Start one and wait until it takes calls.
+
+        Args:
+            name: For logs and `ps`.
+            device: As torch writes it.
+            num_threads: Threads of one torch operation.
+            forkserver: Whose child it becomes; without one it is spawned.
+            arena_bytes: Size of each of its two arenas; only what is used takes memory.
+
+        Raises:
+            ExecutorLostError: If it does not start, or the fork server is dead.
+        """
+        with contextlib.ExitStack() as descriptors:
+            ours, theirs = socket.socketpair()
+            descriptors.enter_context(theirs)
+            input_fd, output_fd = Arena.create_fd(arena_bytes), Arena.create_fd(arena_bytes)
+            log_read, log_write = os.pipe()
+            for fd in (input_fd, output_fd, log_write):
+                descriptors.callback(os.close, fd)
+            self = cls(name, device, (Arena(input_fd), Arena(output_fd, writable=False)), log_read)
+            self._socket = ours
+            await self._loop.create_connection(lambda: self, sock=ours)
+            request = ProcessRequest(
+                name=name,
+                device=device,
+                num_threads=num_threads,
+                socket_fd=theirs.fileno(),
+                input_fd=input_fd,
+                output_fd=output_fd,
+                log_fd=log_write,
+            )
+            try:
+                self._process = await make_process(request, forkserver)
+            except BaseException:
+                self._abandon()
+                raise
+        self.pid = self._process.pid
+        self._watch = self._loop.create_task(self._watch_process())
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._ready
+        except TimeoutError as error:
+            self.kill("it did not start in time")
+            raise ExecutorLostError(f"executor {name} did not start in time") from error
+        except BaseException:
+            self.kill("its start was given up")
+            raise
+        return self
+
+    async def load(self, definition: ModelDefinition, timeout_s: float) -> LoadedModel:
+        """Load a model version; calls wait meanwhile.
+
+        Raises:
+            LoadError: If its source fails, with a `ModelError` of the whole traceback as the cause; or if it
+                takes longer than `timeout_s`, and then the executor is killed.
+            OutOfDeviceMemoryError: If the device's memory does not suffice.
+            ExecutorLostError: If the executor ends before.
+        """
+        fields = _fields(definition)
+        done = await self._load("load", definition.key, timeout_s, definition=fields)
+        return LoadedModel(definition.key, int(done["weight_bytes"]), float(done["took_s"]))
+
+    async def construct(self, definition: ModelDefinition, timeout_s: float) -> Constructed:
+        """Make a model here without serving it; calls wait meanwhile.
+
+        Raises:
+            NosError: As `load`.
+        """
+        fields = _fields(definition)
+        done = await self._load("construct", definition.key, timeout_s, definition=fields)
+        loose = done["loose"]
+        return Constructed(
+            _size(done["size_bytes"]),
+            _size(done["skeleton_bytes"]),
+            str(done["reason"]),
+            tuple(str(name) for name in loose),
+            float(done["took_s"]),
+        )
+
+    async def store(self, key: str, weights_fd: int, skeleton_fd: int, timeout_s: float) -> None:
+        """Have what was constructed written to shared memory, of which nothing stays mapped.
+
+        Raises:
+            NosError: As `load`.
+        """
+        await self._load("store", key, timeout_s, (weights_fd, skeleton_fd))
+
+    async def adopt(self, key: str, weights_fd: int | None, timeout_s: float) -> None:
+        """Serve what was constructed here, its weights mapped from shared memory if they are there.
+
+        Raises:
+            NosError: As `load`.
+        """
+        await self._load("adopt", key, timeout_s, () if weights_fd is None else (weights_fd,))
+
+    async def bind(
+        self,
+        definition: ModelDefinition,
+        weights: tuple[int, int],
+        skeleton: tuple[int, int],
+        timeout_s: float,
+    ) -> float:
+        """Serve a model that was constructed elsewhere; runs its source and not its constructor.
+
+        Args:
+            definition: What was constructed.
+            weights: Descriptor and bytes of what `store` wrote.
+            skeleton: As well.
+            timeout_s: The most that it may take.
+
+        Returns:
+            Seconds that it took.
+
+        Raises:
+            NosError: As `load`.
+        """
+        done = await self._load(
+            "bind",
+            definition.key,
+            timeout_s,
+            (weights[0], skeleton[0]),
+            definition=_fields(definition),
+            size_bytes=weights[1],
+            skeleton_bytes=skeleton[1],
+        )
+        return float(done["took_s"])
+
+    async def evict(self, key: str) -> float:
+        """Take a model's weights off the device, behind the calls before it; returns the seconds it took.
+
+        Raises:
+            NosError: If it has no run of weights here, or the executor ends before.
+        """
+        return float((await self._ask({"op": "evict", "key": key}))["took_s"])
+
+    async def reload(self, key: str) -> float:
+        """Bring an evicted model's weights back; returns the seconds it took.
+
+        Raises:
+            NosError: As `evict`; OutOfDeviceMemoryError if the device has no room.
+        """
+        return float((await self._ask({"op": "reload", "key": key}))["took_s"])
+
+    async def _load(
+        self, operation: str, key: str, timeout_s: float, fds: tuple[int, ...] = (), **fields: Any
+    ) -> dict[str, Any]:
+        """Have one step of a load done; a caller that leaves makes the executor forget the model."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._ask({"op": operation, "key": key, **fields}, fds)
+        except TimeoutError as error:
+            self.kill(f"{key} did not load within {timeout_s:g} s")
+            raise LoadError(
+                f"{key} did not load in time",
+                expected=f"at most {timeout_s:g} s",
+                got="\n".join(self.log_tail()[-_TRACEBACK_TAIL_LINES:]),
+            ) from error
+        except asyncio.CancelledError:
+            self._send({"op": "unload", "key": key})
+            raise
+        except ExecutorLostError:
+            raise
+        except NosError as error:
+            raise _to_load_error(key, error) from error
+
+    async def _ask(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> dict[str, Any]:
+        """Send a request and return what comes of it."""
+        # Descriptors do not go through the transport, and must not overtake what waits in it.
+        while fds and self._transport.get_write_buffer_size() and self._lost is None:  # noqa: ASYNC110
+            await asyncio.sleep(_FULL_PIPE_S)
+        if self._lost is not None:
+            raise self._loss()
+        if fds:
+            self._send_fds(fds)
+            message["num_fds"] = len(fds)
+        request_id = next(self._request_ids)
+        future: asyncio.Future[dict[str, Any] | NosError] = self._loop.create_future()
+        self._requests[request_id] = future
+        self._send({**message, "id": request_id})
+        try:
+            outcome = await future
+        finally:
+            del self._requests[request_id]
+        if isinstance(outcome, NosError):
+            raise outcome
+        return outcome
+
+    def _send_fds(self, fds: tuple[int, ...]) -> None:
+        data = encode({"op": "fds"})
+        try:
+            is_sent = socket.send_fds(self._socket, [data], fds) == len(data)
+        except OSError:
+            is_sent = False
+        if not is_sent:
+            self.kill("its socket takes nothing")
+            raise self._loss()
+
+    async def unload(self, key: str) -> None:
+        """Forget a model after the calls before it; one that is not loaded is no error."""
+        self._send({"op": "unload", "key": key})
+
+    def allocate(self, size: int) -> Block:
+        """Reserve `size` bytes for a call's input.
+
+        Raises:
+            OverloadedError: If the input arena has no room now.
+            LimitExceededError: If it never has.
+            ExecutorLostError: If the executor has ended.
+        """
+        if self._lost is not None:
+            raise self._loss()
+        if size > self._input.size_bytes:
+            raise LimitExceededError(
+                "the frame is too large",
+                expected=f"at most {self._input.size_bytes} bytes",
+                got=str(size),
+            )
+        try:
+            return Block(self._input, size)
+        except ArenaFullError as error:
+            raise OverloadedError(
+                "no room for the frame",
+                got=f"{size} bytes beside {self._input.used_bytes} in use",
+                hint="Retry later, or send fewer frames at once",
+            ) from error
+
+    def copy(self, block: Block) -> Block:
+        """Return another block of the same bytes; fails as `allocate`."""
+        made = self.allocate(len(block.view))
+        made.view[:] = block.view
+        return made
+
+    def call(
+        self,
+        call_id: int,
+        key: str,
+        method: str,
+        arguments: list[list[Any]],
+        block: Block | Blocks | None,
+        sink: Callable[[Reply], None],
+    ) -> None:
+        """Run a method behind the calls before it; never blocks and never raises.
+
+        Args:
+            call_id: Names it for `cancel`; of no other call of this executor, past or present.
+            key: The model version.
+            method: `__call__` or a public method.
+            arguments: [name, node] pairs; an empty name means by position.
+            block: Where the nodes' bytes are; becomes the executor's to release.
+            sink: Gets any number of items and then exactly one last reply, never before this returns.
+        """
+        if self._lost is not None:
+            if block is not None:
+                block.release()
+            self._loop.call_soon(sink, Reply("error", error=self._loss()))
+            return
+        self._calls[call_id] = _Call(sink, block)
+        message = {
+            "op": "call",
+            "id": call_id,
+            "key": key,
+            "method": method,
+            "args": arguments,
+            "block": None,
+        }
+        if isinstance(block, Blocks):
+            message["block"], message["pieces"] = [0, block.size], block.pieces
+        elif block is not None:
+            message["block"] = [block.offset, len(block.view)]
+        self._send(message)
+
+    def cancel(self, call_id: int) -> None:
+        """Stop a call that waits, or a generator at its next item; others run to their end."""
+        if call_id in self._calls:
+            self._send({"op": "cancel", "id": call_id})
+
+    def kill(self, reason: str) -> None:
+        """End it at once; every call gets an `ExecutorLostError` that says why."""
+        if self._lost is None:
+            logger.info("executor %s (pid %d) is killed: %s", self.name, self.pid, reason)
+            self._process.kill()
+            self._lose(f"killed: {reason}")
+
+    async def close(self) -> None:
+        """End it: politely when it has no calls; else these get an `ExecutorLostError`."""
+        if self._lost is None and not self._calls:
+            self._transport.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await asyncio.shield(self.closed)
+        self.kill("closed")
+        await asyncio.shield(self.closed)
+
+    def log_tail(self) -> list[str]:
+        """Return the last lines that its models printed."""
+        return list(self._log.tail)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream socket's is one
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio."""
+        self._disconnected.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio."""
+        if self._lost is not None:
+            return
+        try:
+            for message in self._decoder.feed(data):
+                self._handle(message)
+                if self._lost is not None:
+                    return
+        except _NONSENSE as error:
+            logger.warning("executor %s broke the protocol: %r", self.name, error)
+            self.kill("it broke the protocol")
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        match message["op"]:
+            case "result" | "item" | "end" | "error":
+                self._reply(message)
+            case "doomed":
+                self.kill(f"it lost its device: {str(message['reason'])[:_REASON_CHARS]}")
+            case "need":
+                self._is_needy = True
+                self._flush()
+            case "unkept":
+                for call_id in message["ids"]:
+                    self._kept.pop(call_id).release()
+            case "done":
+                float(message["took_s"])
+                self._end_request(message["id"], message)
+            case "failed":
+                self._end_request(message["id"], _to_error(message["error"]))
+            case "ready" if not self._ready.done():
+                self._ready.set_result(None)
+            case _:
+                raise MalformedError("unknown message")
+
+    def _end_request(self, request_id: int, outcome: dict[str, Any] | NosError) -> None:
+        request = self._requests.get(request_id)
+        if request is not None and not request.done():  # else its caller left
+            request.set_result(outcome)
+
+    def _reply(self, message: dict[str, Any]) -> None:
+        kind, call_id = message["op"], message["id"]
+        call = self._calls[call_id]
+        compute_s = float(message["compute_s"])
+        error = _to_error(message["error"]) if kind == "error" else None
+        node, view, lease = None, _NO_BYTES, _NO_LEASE
+        if kind in {"result", "item"}:
+            node = message["node"]
+            offset, size = 0, 0
+            if message["block"] is not None:
+                offset, size = check_block(message["block"], self._output.size_bytes)
+            check_node(node, size)
+            view = self._output.view[offset : offset + size]
+            item_of = call_id if kind == "item" else None
+            if size or item_of is not None:
+                lease = _Lease(lambda: self._release(offset, size, item_of))
+        if kind != "item":
+            del self._calls[call_id]
+            self._is_needy = False
+            if call.block is not None:
+                if message.get("kept") is True:
+                    self._kept[call_id] = call.block
+                else:
+                    call.block.release()
+        reply = Reply(kind, node, view, compute_s, error, _lease=lease)
+        try:
+            call.sink(reply)
+        except Exception:  # the defect is the sink's, and not what an executor is killed for
+            logger.exception("the sink of a call to executor %s failed", self.name)
+
+    def _release(self, offset: int, size: int, item_of: int | None) -> None:
+        if self._lost is not None:
+            return
+        if size:
+            self._freed.append(offset)
+            self._freed_bytes += size
+        if item_of is not None:
+            self._released.append(item_of)
+        if self._is_needy or self._freed_bytes > _LAZY_FREE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._freed or self._released:
+            self._send({"op": "free"})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """Send, with what was freed since the last message."""
+        if self._lost is not None:
+            return
+        if self._freed:
+            message["free"] = self._freed
+            self._freed, self._freed_bytes = [], 0
+        if self._released:
+            message["released"] = self._released
+            self._released = []
+        self._transport.write(encode(message))
+
+    def _loss(self) -> ExecutorLostError:
+        return ExecutorLostError(f"executor {self.name} ended", got=self._lost or "")
+
+    def _lose(self, why: str) -> None:
+        """Stop talking to it, and answer everybody who waits; sinks run in the loop's next round."""
+        self._lost = why
+        self._transport.abort()
+        if not self._ready.done():
+            self._ready.set_exception(self._loss())
+        for request in self._requests.values():
+            if not request.done():
+                request.set_result(self._loss())
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            if call.block is not None:
+                call.block.release()
+            self._loop.call_soon(call.sink, Reply("error", error=self._loss()))
+        self._kept.clear()
+
+    async def _watch_process(self) -> None:
+        """See it end: its last replies and words first, then everybody who still waits."""
+        exited = self._process.exited
+        waited: set[asyncio.Future[Any]] = {exited, self._disconnected}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not exited.done():
+            # A process that is alone has nothing to do; one that closed its socket is not ours any more.
+            await asyncio.wait({exited}, timeout=_DRAIN_TIMEOUT_S)
+            self._process.kill()
+        why = await exited
+        await asyncio.wait({self._disconnected}, timeout=_DRAIN_TIMEOUT_S)
+        self._read_log()
+        self._stop_log()
+        if self._lost is None:
+            logger.info("executor %s (pid %d) ended: %s", self.name, self.pid, why)
+            self._lose(why)
+        self.closed.set_result(self._lost or why)
+        self._input.close()
+        self._output.close()
+
+    def _abandon(self) -> None:
+        """Take back what `start` made before there was a process."""
+        self._lost = "not started"
+        self._transport.abort()
+        self._stop_log()
+        self._ready.cancel()
+        self._input.close()
+        self._output.close()
+
+    def _read_log(self) -> None:
+        try:
+            data = os.read(self._log_fd, _LOG_READ_BYTES)
+        except BlockingIOError:
+            return
+        for line in self._log.feed(data, self._loop.time()):
+            log_output.info("%s: %s", self.name, line)
+        if not data:
+            self._loop.remove_reader(self._log_fd)
+
+    def _stop_log(self) -> None:
+        self._loop.remove_reader(self._log_fd)
+        os.close(self._log_fd)
+
+
+def _fields(definition: ModelDefinition) -> dict[str, Any]:
+    fields = asdict(definition)
+    del fields["spec"]  # bytes, and of no use there
+    return fields
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise InternalError("an executor told nonsense about a model", got=repr(value)[:100])
+    return value
+
+
+def _to_error(facts: dict[str, Any]) -> NosError:
+    """Return what an executor reports; whatever it is not known for is the model's own."""
+    if facts["reason"] == "MODEL_RAISED":
+        return ModelError(
+            str(facts["message"]),
+            str(facts["type_name"]),
+            str(facts["text"]),
+            str(facts["traceback"]),
+        )
+    cls = _ERRORS.get(facts["reason"], InternalError)
+    message, about, expected, got, hint = (
+        str(facts.get(name, "")) for name in ("message", "field", "expected", "got", "hint")
+    )
+    return cls(message, about, expected, got, hint)
+
+
+def _to_load_error(key: str, error: NosError) -> NosError:
+    if isinstance(error, OutOfDeviceMemoryError):
+        return OutOfDeviceMemoryError(f"{key} does not fit: {error.message}")
+    if isinstance(error, ModelError):
+        tail = error.remote_traceback.strip().splitlines()[-_TRACEBACK_TAIL_LINES:]
+        text = "\n".join(tail) or error.message
+        return LoadError(f"{key} cannot be loaded: {text}")
+    return LoadError(
+        f"{key} cannot be loaded: {error.message}", error.field, error.expected, error.got
+    )

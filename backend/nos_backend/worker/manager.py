@@ -1,0 +1,604 @@
+"""The models of one device: loaded into executors, restarted when one is lost, quarantined if they crash.
+
+Knows neither Dask nor gRPC, and runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from nos.errors import (
+    ExecutorLostError,
+    InternalError,
+    LoadError,
+    NosError,
+    OutOfDeviceMemoryError,
+    QuarantinedError,
+    UnavailableError,
+)
+from nos.wire.v1 import models_pb2
+
+from nos_backend.executor.host_memory import host_memory_bytes
+from nos_backend.scheduling.residency import Footprint
+from nos_backend.worker.dispatch import Dispatcher, Request
+from nos_backend.worker.entries import CRASH_WINDOW_S, MAX_CRASHES, Entry, Slot
+from nos_backend.worker.host_store import HostStore
+from nos_backend.worker.inputs import Input
+from nos_backend.worker.launcher import Launcher
+from nos_backend.worker.loader import Loader
+from nos_backend.worker.memory import DeviceMemory, MemoryOptions, Transition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable
+
+    from nos_backend.definition import ModelDefinition
+    from nos_backend.worker.executors import Executor
+
+__all__ = ["ModelManager", "Request"]
+
+_logger = logging.getLogger(__name__)
+
+#: From this crash on a model gets an executor of its own.
+_ISOLATE_AT: Final = 2
+_CUDA_HOST_THREADS: Final = 4
+#: Of what the machine can still give, where no capacity is set.
+_HOST_SHARE: Final = 0.8
+_RESOLVE: Final = "Resolve the model again"
+
+
+def _ignore(_kind: str, _model: str, _message: str) -> None:
+    """Nobody listens to events."""
+
+
+class ModelManager:
+    """The models of one device."""
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        capacity_bytes: int | None = None,
+        memory: MemoryOptions | None = None,
+        max_concurrent_batches: int | None = None,
+        num_threads: int | None = None,
+        use_forkserver: bool = True,
+        on_event: Callable[[str, str, str], None] = _ignore,
+    ) -> None:
+        """Make a manager without models, on the running event loop.
+
+        Args:
+            device: As torch writes it: `cpu`, `cuda:0`.
+            capacity_bytes: Short for `MemoryOptions(capacity_bytes=...)`.
+            memory: What the models may use, and who leaves first.
+            max_concurrent_batches: Batches that run at once; None means 1 on cuda, and on cpu the number
+                of cores.
+            num_threads: Threads of one operation in an executor; None means 1 on cpu, where as many
+                executors as cores run at once, and two threads that contend for a core at OpenMP's
+                spinning barriers were measured 5 to 20 times slower than one.
+            use_forkserver: Whether executors are forked from a prepared process.
+            on_event: Called on the loop with (kind, model key, message). Kinds: `loading`, `loaded`,
+                `unloaded`, `evicted`, `failed`, `quarantined`, `executor-started`, `executor-lost`.
+        """
+        on_cpu = device == "cpu"
+        cores = len(os.sched_getaffinity(0))
+        self.device = device
+        options = memory or MemoryOptions(capacity_bytes=capacity_bytes)
+        self.capacity_bytes = options.capacity_bytes
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._memory = DeviceMemory(
+            options.to_residency(options.capacity_bytes or int(host_memory_bytes() * _HOST_SHARE)),
+            load=self._bring,
+            evict=self._take_off,
+            has_work=lambda key: self._dispatcher.num_pending(key) > 0,
+            on_moved=self._on_moved,
+            on_failed=self._on_load_failed,
+            on_refused=self._on_refused,
+        )
+        self._dispatcher = Dispatcher(
+            max_concurrent_batches=max_concurrent_batches or (cores if on_cpu else 1),
+            on_lost=self._on_lost,
+            memory=self._memory,
+        )
+        self._launcher = Launcher(
+            num_threads=num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS)),
+            use_forkserver=use_forkserver,
+        )
+        self._store = HostStore(budget_bytes=options.host_bytes, folder=options.folder)
+        self._loader = Loader(self._launcher, self._store, self._evicted, self._memory.note_parked)
+        self._on_event = on_event
+        self._entries: dict[str, Entry] = {}
+        self._slots: dict[str, Slot] = {}
+        #: Work of our own: loads and restarts.
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_draining = False
+        self._is_closed = False
+
+    async def start(self) -> None:
+        """Prepare the fork server in the background."""
+        self._launcher.prepare()
+
+    def spec(self, key: str) -> models_pb2.ModelSpec:
+        """Return the interface of a model that is here or on its way.
+
+        Raises:
+            UnavailableError: If it is not here.
+            LoadError: If it failed.
+        """
+        return self._entry(key).spec
+
+    def owner(self, key: str) -> str:
+        """Return who registered a model; empty if it is not here."""
+        entry = self._entries.get(key)
+        return entry.definition.owner if entry else ""
+
+    async def load(self, definition: ModelDefinition) -> None:
+        """Make a model answer; at once if it does. A caller that leaves does not stop the load.
+
+        Raises:
+            LoadError: If its code cannot be loaded; `QuarantinedError` if it crashed too often.
+            OutOfDeviceMemoryError: If it does not fit.
+            UnavailableError: If the worker is shutting down.
+        """
+        if self._is_draining:
+            raise UnavailableError("the worker is shutting down", hint=_RESOLVE)
+        entry = self._entries.get(definition.key)
+        while entry is not None and entry.gone is not None:
+            await asyncio.shield(entry.gone)
+            entry = self._entries.get(definition.key)
+        if entry is None:
+            slot = self._slot_for(definition, is_isolated=False)
+            spec = models_pb2.ModelSpec.FromString(definition.spec)
+            entry = Entry(definition, spec, slot, self._loop.create_future())
+            self._entries[entry.key] = entry
+            self._spawn(self._load_new(entry), f"load {entry.key}")
+        elif entry.error is not None and not isinstance(entry.error, QuarantinedError):
+            entry.error, entry.ready = None, self._loop.create_future()
+            entry.slot = self._slot_for(definition, is_isolated=entry.is_isolated)
+            self._spawn(self._load_new(entry), f"load {entry.key}")
+        await asyncio.shield(entry.ready)
+        if entry.error is not None:
+            raise entry.error
+        if self._entries.get(entry.key) is entry and entry.gone is None:
+            await self._memory.bring(entry.key)
+
+    async def unload(self, key: str) -> None:
+        """Take a model off the device after its work in flight; one that is not here is no error."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        if entry.gone is None:
+            entry.gone = self._loop.create_future()
+            self._spawn(self._unload(entry, entry.gone), f"unload {key}")
+        await asyncio.shield(entry.gone)
+
+    def allocate(self, key: str, size: int) -> Input:
+        """Return room for a request's bytes, in its executor's memory if that is there.
+
+        Raises:
+            OverloadedError: If the executor's input memory is full.
+            UnavailableError: If the model is not here.
+            LoadError: If the model failed.
+        """
+        return Input.allocate(self._entry(key).slot.executor, size)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request, whose arguments fit; its sink hears of everything else, refusals at once."""
+        if not self._memory.may_start(request.model):
+            self._memory.want(request.model)
+        self._dispatcher.submit(request)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request for which nobody waits; its sink hears CancelledError, unless it has ended."""
+        self._dispatcher.cancel(request_id)
+
+    def status(self) -> dict[str, Any]:
+        """Return the state of the device in plain types."""
+        return {
+            "device": self.device,
+            "capacity_bytes": self.capacity_bytes or 0,
+            "used_bytes": self._memory.used_bytes,
+            "num_queued": self._dispatcher.num_queued,
+            "num_running": self._dispatcher.num_running,
+            "num_executors": sum(slot.executor is not None for slot in self._slots.values()),
+            "host_bytes": self._store.used_bytes,
+            "models": [self._status_of(entry) for entry in self._entries.values()],
+        }
+
+    def _status_of(self, entry: Entry) -> dict[str, Any]:
+        key, state = entry.key, self._memory.state(entry.key)
+        if entry.error is not None:
+            state = "failed"
+        elif not entry.ready.done() or not state:
+            state = "loading"
+        is_on_device = state in {"device", "loading"} and self._memory.is_on_device(key)
+        copy = entry.copy
+        return {
+            "key": key,
+            "name": entry.definition.name,
+            "owner": entry.definition.owner,
+            "state": state,
+            "device_bytes": entry.weight_bytes if is_on_device else 0,
+            "host_bytes": copy.total_bytes if copy and copy.is_in_memory else 0,
+            "num_pending": self._dispatcher.num_pending(key),
+            "num_answered": self._dispatcher.num_answered(key),
+            "load_s": entry.load_s,
+            "note": entry.note,
+            "history": self._memory.history(key),
+            "error": str(entry.error) if entry.error else "",
+        }
+
+    def executor_pids(self) -> dict[str, int]:
+        """Return the process of each executor that lives, by its slot's name."""
+        return {name: slot.executor.pid for name, slot in self._slots.items() if slot.executor}
+
+    async def drain(self, grace_s: float) -> None:
+        """Admit nothing more, and wait for the work in flight, but not longer than that."""
+        self._is_draining = True
+        drains = [asyncio.ensure_future(self._dispatcher.drain(key)) for key in self._entries]
+        if drains:
+            _, late = await asyncio.wait(drains, timeout=grace_s)
+            for drain in late:
+                drain.cancel()
+
+    async def close(self) -> None:
+        """End all executors; what has not ended gets UnavailableError."""
+        self._is_draining = self._is_closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._memory.close()
+        error = UnavailableError("the worker is shutting down", hint=_RESOLVE)
+        self._dispatcher.end_all(error)
+        for entry in self._entries.values():
+            if not entry.ready.done():
+                self._fail(entry, error)
+            if entry.gone is not None and not entry.gone.done():
+                entry.gone.set_result(None)
+        executors = [slot.executor for slot in self._slots.values() if slot.executor]
+        for slot in self._slots.values():
+            slot.executor = None
+        await asyncio.gather(*(executor.close() for executor in executors))
+        await self._loader.close()
+        await self._launcher.close()
+
+    # Loading.
+
+    def _entry(self, key: str) -> Entry:
+        entry = self._entries.get(key)
+        if entry is None:
+            raise UnavailableError(f"{key} is not loaded on this worker", "model", hint=_RESOLVE)
+        if entry.error is not None:
+            raise entry.error
+        return entry
+
+    def _slot_for(self, definition: ModelDefinition, *, is_isolated: bool) -> Slot:
+        if definition.device == "cuda" and self.device == "cpu":
+            raise LoadError(
+                f"{definition.key} wants a GPU and this worker has none",
+                "device",
+                "a cuda device",
+                self.device,
+            )
+        device = "cpu" if definition.device == "cpu" else self.device
+        name = definition.owner
+        if is_isolated or definition.isolation == "process":
+            name = f"{name}/{definition.key}"
+        if device != self.device:
+            name = f"{name}@{device}"
+        return self._slots.setdefault(name, Slot(name, device))
+
+    async def _load_new(self, entry: Entry) -> None:
+        key, started_s = entry.key, self._loop.time()
+        self._on_event("loading", key, "")
+        try:
+            self._check_size(entry)
+            async with entry.lock:
+                await self._construct(entry)
+            self._memory.add(
+                key,
+                Footprint(weight_bytes=entry.weight_bytes, executor=entry.slot.name),
+                is_pinned=not entry.can_leave,
+                idle_unload_s=self._options.idle_unload_s if entry.can_leave else None,
+            )
+            await self._memory.bring(key)
+        except NosError as error:
+            if entry.error is None:
+                self._fail(entry, error)
+        except Exception:  # the top level of this load
+            _logger.exception("loading %s failed by a defect", key)
+            self._fail(entry, InternalError(f"{key} cannot be loaded"))
+        else:
+            entry.load_s = self._loop.time() - started_s
+            self._settle(entry)
+            self._on_event("loaded", key, f"in {entry.load_s:.2f} s")
+        async with entry.slot.lock:
+            await self._end_if_empty(entry.slot)
+
+    async def _construct(self, entry: Entry) -> None:
+        """Construct a model apart, and see where it can be served."""
+        try:
+            await self._loader.construct(entry)
+        except ExecutorLostError as error:
+            self._on_event("executor-lost", entry.key, error.got)
+            self._count_crash(entry, error.got)
+            message = f"{entry.key} ended its executor while loading"
+            raise LoadError(message, got=error.got) from error
+        if not entry.is_movable:
+            self._isolate(entry)
+
+    def _isolate(self, entry: Entry) -> None:
+        entry.is_isolated = True
+        before, entry.slot = entry.slot, self._slot_for(entry.definition, is_isolated=True)
+        is_used = any(item.slot is before for item in self._entries.values())
+        if not is_used and before.executor is None and not before.lock.locked():
+            self._slots.pop(before.name, None)
+
+    def _check_size(self, entry: Entry) -> None:
+        size_bytes, capacity_bytes = entry.spec.weight_bytes, self.capacity_bytes
+        if capacity_bytes is not None and size_bytes > capacity_bytes:
+            raise OutOfDeviceMemoryError(
+                f"{entry.key} does not fit on {self.device}",
+                entry.key,
+                f"at most {capacity_bytes} bytes of weights",
+                f"{size_bytes}",
+                "Raise --capacity-bytes, or use a smaller model",
+            )
+
+    async def _bring(self, key: str) -> int:
+        """Bring a model to the device; see `DeviceMemory`."""
+        entry = self._entries[key]
+        async with entry.lock:
+            executor = entry.slot.executor
+            if entry.is_bound and executor is not None:
+                try:
+                    await executor.reload(key)
+                except ExecutorLostError as error:
+                    self._on_lost(entry.slot.name, executor, error.got)
+                    raise
+                moved_bytes = 0 if executor.device == "cpu" else entry.weight_bytes
+            else:
+                moved_bytes = await self._bind(entry)
+            timeout_s = entry.definition.call_timeout_s
+            self._dispatcher.open(key, entry.slot.name, timeout_s, entry.spec)
+        return moved_bytes
+
+    async def _bind(self, entry: Entry) -> int:
+        """Have the slot's executor serve a model, whose lock the caller holds."""
+        while True:
+            if not entry.is_movable and entry.scratch is None:
+                await self._construct(entry)
+            slot = entry.slot
+            async with slot.lock:
+                await self._promote_scratch(entry, slot)
+                executor = await self._idle_executor(slot)
+                slot.loading = entry
+                try:
+                    moved_bytes = await self._loader.serve(entry, executor)
+                except ExecutorLostError as error:
+                    self._on_lost(slot.name, executor, error.got)
+                    if entry.error is not None:
+                        raise entry.error from error
+                    if entry.is_isolated:
+                        entry.slot = self._slot_for(entry.definition, is_isolated=True)
+                    continue
+                except LoadError as error:
+                    if isinstance(error.__cause__, TimeoutError):
+                        self._on_lost(slot.name, executor, str(error))
+                        raise
+                    if entry.scratch is None or entry.copy is None:
+                        raise
+                    # It cannot be made again elsewhere, so it stays where it was made.
+                    entry.copy.skeleton_bytes = 0
+                    entry.note = f"own executor: {error}"
+                    self._isolate(entry)
+                    continue
+                finally:
+                    slot.loading = None
+                    self._dispatcher.release(slot.name)
+            entry.is_bound = True
+            scratch = self._loader.take_scratch(entry)
+            if scratch is not None:
+                self._spawn(scratch.close(), f"close {scratch.name}")
+            return moved_bytes
+
+    async def _promote_scratch(self, entry: Entry, slot: Slot) -> None:
+        """Make the executor that a model was constructed in the slot's, if the slot is the model's own."""
+        if not slot.name.startswith(f"{entry.definition.owner}/"):
+            return
+        if slot.executor is not None and not entry.is_movable:
+            executor, slot.executor = slot.executor, None
+            self._dispatcher.detach(slot.name)
+            await executor.close()
+        if slot.executor is None:
+            scratch = self._loader.take_scratch(entry)
+            if scratch is not None:
+                self._attach(slot, scratch)
+
+    async def _take_off(self, key: str) -> int:
+        """Take a model off the device; see `DeviceMemory`."""
+        entry = self._entries[key]
+        async with entry.lock:
+            executor = entry.slot.executor
+            if not entry.is_bound or executor is None:
+                return 0
+            entry.left_s = self._loop.time()
+            if entry.weight_bytes and not entry.is_loose:
+                await executor.evict(key)
+            else:
+                await executor.unload(key)
+                entry.is_bound = False
+        return 0
+
+    def _evicted(self) -> list[Entry]:
+        """Return the models that are not on the device nor on their way."""
+        return [
+            entry
+            for entry in self._entries.values()
+            if entry.ready.done() and not self._memory.is_on_device(entry.key)
+        ]
+
+    def _on_moved(self, key: str, transition: Transition) -> None:
+        if transition.target == "device":
+            self._dispatcher.look_again()
+        elif transition.source == "device":
+            self._on_event("evicted", key, transition.reason)
+
+    def _on_load_failed(self, key: str, error: NosError) -> None:
+        entry = self._entries.get(key)
+        if entry is not None and entry.error is None:
+            self._fail(entry, error)
+
+    def _on_refused(self, key: str, error: NosError) -> None:
+        entry = self._entries.get(key)
+        if entry is not None and entry.ready.done():
+            self._dispatcher.refuse_waiting(key, error)
+
+    async def _unload(self, entry: Entry, gone: asyncio.Future[None]) -> None:
+        key = entry.key
+        await asyncio.shield(entry.ready)
+        await self._dispatcher.drain(key)
+        await self._memory.remove(key)
+        slot = entry.slot
+        async with slot.lock:
+            del self._entries[key]
+            error = UnavailableError(f"{key} was unloaded from this worker", "model", hint=_RESOLVE)
+            self._dispatcher.close(key, error)
+            if slot.executor is not None:
+                await slot.executor.unload(key)
+            async with entry.lock:
+                self._loader.release(entry)
+            await self._end_if_empty(slot)
+        gone.set_result(None)
+        self._on_event("unloaded", key, "")
+
+    async def _idle_executor(self, slot: Slot) -> Executor:
+        """Return the slot's living executor once it is idle; it gets no call until `release`."""
+        while True:
+            executor = await self._executor(slot)
+            await self._dispatcher.hold(slot.name)
+            if slot.executor is executor:  # else the call that it ran took it down
+                return executor
+
+    async def _executor(self, slot: Slot) -> Executor:
+        """Return the slot's living executor, started if need be."""
+        if slot.executor is None:
+            self._attach(slot, await self._launcher.start(slot.name, slot.device))
+        if slot.executor is None:
+            raise ExecutorLostError(f"executor {slot.name} ended at once")
+        return slot.executor
+
+    def _attach(self, slot: Slot, executor: Executor) -> None:
+        slot.executor = executor
+        self._dispatcher.attach(slot.name, executor)
+        executor.closed.add_done_callback(
+            lambda closed: self._on_lost(slot.name, executor, closed.result())
+        )
+        self._on_event("executor-started", "", executor.name)
+
+    async def _end_if_empty(self, slot: Slot) -> None:
+        """End the executor of a slot that has no model left, whose lock the caller holds."""
+        here = [item for item in self._entries.values() if item.slot is slot]
+        if any(item.error is None for item in here):
+            return
+        if not here:
+            self._slots.pop(slot.name, None)
+        executor, slot.executor = slot.executor, None
+        if executor is not None:
+            self._dispatcher.detach(slot.name)
+            await executor.close()
+
+    def _fail(self, entry: Entry, error: NosError) -> None:
+        entry.error = error
+        self._dispatcher.close(entry.key, error)
+        self._memory.forget(entry.key, error)
+        if entry.is_bound and entry.slot.executor is not None:
+            self._spawn(entry.slot.executor.unload(entry.key), f"drop {entry.key}")
+        entry.is_bound = False
+        self._loader.release(entry)
+        self._settle(entry)
+        kind = "quarantined" if isinstance(error, QuarantinedError) else "failed"
+        self._on_event(kind, entry.key, str(error))
+
+    @staticmethod
+    def _settle(entry: Entry) -> None:
+        if not entry.ready.done():
+            entry.ready.set_result(None)
+
+    # Crashes.
+
+    def _on_lost(self, name: str, executor: Executor, reason: str) -> None:
+        """An executor died: put it down to a model, and get a new one for the others."""
+        slot = self._slots.get(name)
+        if slot is None or slot.executor is not executor or self._is_closed:
+            return
+        slot.executor = None
+        others = [item for item in self._entries.values() if item.slot is slot and not item.error]
+        running = self._dispatcher.running_model(name)
+        culprit = self._entries.get(running) if running else slot.loading
+        if culprit is None and len(others) == 1:
+            culprit = others[0]
+        _logger.warning(
+            "executor %s was lost%s: %s",
+            executor.name,
+            f" while it ran {culprit.key}" if culprit else "",
+            reason,
+        )
+        self._on_event("executor-lost", culprit.key if culprit else "", reason)
+        self._dispatcher.lost(name, reason)
+        returning = []
+        for entry in others:
+            was_bound, entry.is_bound = entry.is_bound, False
+            if was_bound and self._memory.lost(entry.key):
+                if entry.ready.done():
+                    entry.ready = self._loop.create_future()
+                returning.append(entry)
+        self._blame(slot, culprit, others, reason)
+        self._spawn(self._restart(slot, returning), f"restart {name}")
+
+    def _blame(
+        self, slot: Slot, culprit: Entry | None, others: Iterable[Entry], reason: str
+    ) -> None:
+        if culprit is not None:
+            self._count_crash(culprit, reason)
+        elif slot.crashes.add(self._loop.time()) >= _ISOLATE_AT:
+            for entry in others:
+                entry.is_isolated = True
+
+    def _count_crash(self, culprit: Entry, reason: str) -> None:
+        count = culprit.crashes.add(self._loop.time())
+        culprit.is_isolated |= count >= _ISOLATE_AT
+        if count >= MAX_CRASHES and culprit.error is None:
+            error = QuarantinedError(
+                f"{culprit.key} ended its executor {count} times within {CRASH_WINDOW_S:g} s",
+                culprit.key,
+                got=reason,
+                hint="Repair it and register it again, or unload it to try once more",
+            )
+            self._fail(culprit, error)
+
+    async def _restart(self, slot: Slot, returning: Iterable[Entry]) -> None:
+        """Bring a lost executor's models back; each that must be alone into a slot of its own."""
+        for entry in returning:
+            if entry.error is None:
+                entry.slot = self._slot_for(entry.definition, is_isolated=entry.is_isolated)
+                self._spawn(self._return(entry), f"return {entry.key}")
+        async with slot.lock:
+            await self._end_if_empty(slot)
+
+    async def _return(self, entry: Entry) -> None:
+        """Have a model that lost its executor answer again."""
+        try:
+            await self._memory.bring(entry.key)
+        except NosError as error:
+            if entry.error is None:
+                self._fail(entry, error)
+        self._settle(entry)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

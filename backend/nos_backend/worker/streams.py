@@ -1,0 +1,538 @@
+"""One inference stream: frames in, results out in their order, exactly one end for each frame.
+
+Memory of a stream is bounded by its window: a frame counts until its last message is handed to the
+transport, which takes no more than it can send. A reader of generator items that stops reading stops
+the generator, since an executor waits when its items are not released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+
+from nos.errors import (
+    CancelledError,
+    InvalidRequestError,
+    LimitExceededError,
+    NosError,
+    UnauthenticatedError,
+    UnavailableError,
+    VersionMismatchError,
+)
+from nos.wire import frames
+from nos.wire.limits import FRAME_BYTES, PROTOCOL_VERSION, UNORDERED
+from nos.wire.status import to_message
+from nos.wire.v1 import inference_pb2
+
+from nos_backend.worker.access import authorize, unexpected
+from nos_backend.worker.arguments import Call, check_arguments, from_node
+from nos_backend.worker.dispatch import Request, failure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+    from nos.wire.v1 import access_pb2, models_pb2
+
+    from nos_backend.worker.access import Access
+    from nos_backend.worker.executors import Reply
+    from nos_backend.worker.inputs import Input
+    from nos_backend.worker.manager import ModelManager
+
+#: What a handler of raw bytes reads from and writes to.
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+#: Takes a client's message and its data, which is valid for the call only.
+Receive: TypeAlias = "Callable[[inference_pb2.StreamRequest, memoryview], None]"
+
+_logger = logging.getLogger(__name__)
+
+WINDOW_FRAMES: Final = 16
+WINDOW_BYTES: Final = 64 << 20
+HEARTBEAT_S: Final = 5.0
+#: How long a stream outlives its ticket: a renewal may be on its way, and clocks differ.
+_EXPIRY_GRACE_S: Final = 1.0
+#: Frames over the window still get their error each; beyond this many nothing more is read.
+_CLOGGED_FRAMES: Final = 4 * WINDOW_FRAMES
+
+
+class Pipe(Protocol):
+    """Carries a stream's messages; one task reads, one writes."""
+
+    async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
+        """Hand messages to `receive` until the client has half-closed.
+
+        Args:
+            receive: Called on the loop; what it raises ends this.
+            flowing: While it is not set, few messages more are read.
+
+        Raises:
+            NosError: If a message makes no sense, or as `receive`.
+        """
+
+    async def leave(self) -> None:
+        """Wait until the client is gone, and raise then; return where the task is told otherwise.
+
+        Raises:
+            CancelledError: When it is gone.
+        """
+
+    async def write(
+        self, header: inference_pb2.StreamResponse, data: memoryview | None = None
+    ) -> None:
+        """Write a message, with its data in as many more as it takes; the data is copied by then."""
+
+
+class GrpcPipe:
+    """A stream over gRPC."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
+        """See `Pipe`."""
+        while isinstance(raw := await self._context.read(), bytes):
+            receive(*frames.split(inference_pb2.StreamRequest, raw))
+            await flowing.wait()
+
+    async def leave(self) -> None:
+        """See `Pipe`: gRPC cancels the call."""
+
+    async def write(
+        self, header: inference_pb2.StreamResponse, data: memoryview | None = None
+    ) -> None:
+        """See `Pipe`."""
+        if data is None:
+            await self._context.write(header.SerializeToString())
+            return
+        for message in frames.pack(header, [data], data.nbytes):
+            await self._context.write(message)
+
+
+_senders = itertools.count(1)
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """A frame without its end."""
+
+    seq: int
+    #: Bytes in all; counted towards the window.
+    size: int = 0
+    filled: int = 0
+    call: Call | None = None
+    input: Input | None = None
+    deadline_s: float | None = None
+    #: Set once it was submitted.
+    request: Request | None = None
+    #: What came and was not written yet; the last one is terminal if `is_ended`.
+    replies: deque[Reply] = field(default_factory=deque)
+    is_ended: bool = False
+
+
+class Stream:
+    """Serves one stream. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        manager: ModelManager,
+        access: Access,
+        verify: Callable[[bytes], access_pb2.Ticket],
+        spec: models_pb2.ModelSpec,
+        owner: str,
+    ) -> None:
+        """Make a stream for the model that `access` opens, and that has this interface and owner."""
+        self._manager = manager
+        self._access = access
+        self._verify = verify
+        self._model = access.model
+        self._spec = spec
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._id = secrets.token_hex(4)
+        self._sender = next(_senders)
+        #: Frames without an end, in order.
+        self._frames: dict[int, _Frame] = {}
+        self._open_bytes = 0
+        self._last_seq = 0
+        #: Whether results are written in the order of their frames.
+        self._is_ordered = True
+        self._num_ended = 0
+        #: Messages about the stream itself; written before results.
+        self._control: deque[inference_pb2.StreamResponse] = deque()
+        #: Something may be there to write.
+        self._wake = asyncio.Event()
+        #: Frames may be read.
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        #: Resolves with why the stream is cut.
+        self._cut: asyncio.Future[NosError] = self._loop.create_future()
+        #: The client sends nothing more.
+        self._is_half_closed = False
+        #: Set when the server leaves: the stream ends with this once no frame is open.
+        self._leaving: NosError | None = None
+        self._is_closed = False
+        self._written_s = self._loop.time()
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def model(self) -> str:
+        """The model version that it runs."""
+        return self._model
+
+    @property
+    def token_id(self) -> str:
+        """The token that its ticket came from."""
+        return self._access.ticket.token_id
+
+    async def serve(self, pipe: Pipe) -> NosError | None:
+        """Serve until the client has half-closed and has all its ends, or until the stream is cut.
+
+        Returns:
+            Why it was cut; None if it ended well.
+        """
+        _logger.info(
+            "stream %s opens: %s for %s", self._id, self._model, self._access.ticket.tenant
+        )
+        reader = asyncio.create_task(self._read(pipe), name=f"read {self._id}")
+        writer = asyncio.create_task(self._write(pipe), name=f"write {self._id}")
+        self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._check_ticket()
+        either: set[asyncio.Future[Any]] = {writer, self._cut}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._cut.done():
+                return self._cut.result()
+            await writer
+            return self._leaving
+        finally:
+            self._close()
+            reader.cancel()
+            writer.cancel()
+            _logger.info("stream %s closes after %d frames", self._id, self._num_ended)
+
+    def cut(self, error: NosError) -> None:
+        """End the stream at once."""
+        if not self._cut.done():
+            self._cut.set_result(error)
+
+    def leave(self, grace_s: float, reason: str = "the worker is shutting down") -> None:
+        """Tell the client to go elsewhere; end the stream when no frame is open."""
+        self._leaving = UnavailableError(reason, hint="Resolve the model again")
+        draining = inference_pb2.Draining(grace_s=grace_s)
+        self._say(inference_pb2.StreamResponse(draining=draining))
+
+    # Reading.
+
+    async def _read(self, pipe: Pipe) -> None:
+        try:
+            await pipe.read(self._receive, self._flowing)
+            self._half_close()
+            await pipe.leave()
+        except NosError as error:
+            self.cut(error)
+        except Exception as error:  # noqa: BLE001 - the top level of this task
+            self.cut(unexpected(error, f"reading stream {self._id}"))
+
+    def _receive(self, message: inference_pb2.StreamRequest, data: memoryview) -> None:
+        match message.WhichOneof("event"):
+            case "frame":
+                self._on_frame(message.seq, message.frame, data)
+            case "chunk":
+                self._on_chunk(message.seq, data)
+            case "cancel":
+                self._on_cancel(message.seq)
+            case "hello":
+                self._on_hello(message.hello)
+            case "renewal":
+                self._on_renewal(message.renewal.ticket)
+            case _:  # a heartbeat, or something newer than this server
+                return
+
+    def _on_hello(self, hello: inference_pb2.Hello) -> None:
+        if hello.versions and PROTOCOL_VERSION not in hello.versions:
+            raise VersionMismatchError(
+                "no common protocol version",
+                "versions",
+                str(PROTOCOL_VERSION),
+                str(list(hello.versions)[:10]),
+                "Install the client that fits the server",
+            )
+        self._is_ordered = UNORDERED not in hello.features
+        welcome = inference_pb2.Welcome(
+            version=PROTOCOL_VERSION,
+            stream_id=self._id,
+            model_version=self._spec.version,
+            features=[] if self._is_ordered else [UNORDERED],
+            window_frames=WINDOW_FRAMES,
+            window_bytes=WINDOW_BYTES,
+        )
+        self._say(inference_pb2.StreamResponse(welcome=welcome))
+
+    def _on_renewal(self, raw: bytes) -> None:
+        access = authorize(self._verify(raw), {})
+        if access.model != self._model or access.ticket.tenant != self._access.ticket.tenant:
+            raise UnauthenticatedError("the new ticket is not for this stream", "renewal")
+        self._access = access
+
+    def _on_frame(self, seq: int, header: inference_pb2.Frame, data: memoryview) -> None:
+        if seq != self._last_seq + 1:
+            raise InvalidRequestError(
+                "the frame is out of order", "seq", str(self._last_seq + 1), str(seq)
+            )
+        self._last_seq = seq
+        frame = _Frame(seq)
+        try:
+            self._admit(frame, header, data)
+        except NosError as error:
+            self._refuse(frame, error)
+        except Exception as error:  # noqa: BLE001 - one frame's failure is not its neighbours'
+            self._refuse(frame, unexpected(error, f"taking frame {seq} of stream {self._id}"))
+
+    def _admit(self, frame: _Frame, header: inference_pb2.Frame, data: memoryview) -> None:
+        size = header.data_bytes or data.nbytes
+        num_open, open_bytes = len(self._frames), self._open_bytes + size
+        self._frames[frame.seq] = frame
+        if len(self._frames) >= _CLOGGED_FRAMES:
+            self._flowing.clear()
+        if num_open >= WINDOW_FRAMES:
+            raise LimitExceededError(
+                "the frame is over the stream's window",
+                "frames",
+                f"at most {WINDOW_FRAMES} without an end",
+                f"{num_open + 1}",
+            )
+        if num_open and open_bytes > WINDOW_BYTES:
+            raise LimitExceededError(
+                "the frame is over the stream's window",
+                "data_bytes",
+                f"at most {WINDOW_BYTES} bytes without an end",
+                f"{open_bytes}",
+            )
+        if size > FRAME_BYTES:
+            raise LimitExceededError(
+                "the frame is too large", "data_bytes", f"at most {FRAME_BYTES} bytes", str(size)
+            )
+        frame.deadline_s = deadline_of(header.timeout_s, self._loop.time())
+        frame.call = check_arguments(self._spec, header.method, header.arguments, size)
+        frame.size = size
+        self._open_bytes += size
+        if size:
+            frame.input = self._manager.allocate(self._model, size)
+        self._fill(frame, data)
+
+    def _on_chunk(self, seq: int, data: memoryview) -> None:
+        if not 0 < seq <= self._last_seq:
+            raise InvalidRequestError(
+                "the chunk belongs to no frame", "seq", f"1 .. {self._last_seq}", str(seq)
+            )
+        frame = self._frames.get(seq)
+        if frame is None or frame.is_ended:
+            return  # the rest of a frame that was refused or cancelled
+        try:
+            if frame.request is not None:
+                raise _too_long(frame)
+            self._fill(frame, data)
+        except NosError as error:
+            self._refuse(frame, error)
+
+    def _fill(self, frame: _Frame, data: memoryview) -> None:
+        end = frame.filled + data.nbytes
+        if end > frame.size:
+            raise _too_long(frame)
+        if frame.input is not None:
+            frame.input.view[frame.filled : end] = data
+        frame.filled = end
+        if end == frame.size:
+            self._submit(frame)
+
+    def _submit(self, frame: _Frame) -> None:
+        if frame.call is None:
+            return
+        frame.request = Request(
+            model=self._model,
+            method=frame.call.method,
+            tenant=self._access.ticket.tenant,
+            arguments=frame.call.arguments,
+            sink=partial(self._on_reply, frame),
+            input=frame.input,
+            deadline_s=frame.deadline_s,
+            # The window holds the sender back. With a deadline it would rather know at once.
+            may_wait=frame.deadline_s is None,
+            sender=self._sender,
+        )
+        frame.call = frame.input = None
+        self._manager.submit(frame.request)
+
+    def _on_cancel(self, seq: int) -> None:
+        frame = self._frames.get(seq)
+        if frame is None or frame.is_ended:
+            return
+        if frame.request is not None:
+            self._manager.cancel(frame.request.id)
+        else:
+            self._refuse(frame, CancelledError("cancelled by the caller"))
+
+    def _half_close(self) -> None:
+        for frame in self._frames.values():
+            if frame.request is None and not frame.is_ended:
+                error = InvalidRequestError(
+                    "the stream ended within the frame",
+                    "data_bytes",
+                    f"{frame.size} bytes",
+                    f"{frame.filled}",
+                )
+                self._refuse(frame, error)
+        self._is_half_closed = True
+        self._wake.set()
+
+    def _refuse(self, frame: _Frame, error: NosError) -> None:
+        """End a frame early, whatever has become of it."""
+        self._on_reply(frame, failure(error))
+        if frame.request is not None:
+            self._manager.cancel(frame.request.id)
+        elif frame.input is not None:
+            frame.input.release()
+            frame.input = None
+
+    def _on_reply(self, frame: _Frame, reply: Reply) -> None:
+        if self._is_closed or frame.is_ended:
+            reply.release()
+            return
+        frame.replies.append(reply)
+        frame.is_ended = reply.kind != "item"
+        self._wake.set()
+
+    # Writing.
+
+    async def _write(self, pipe: Pipe) -> None:
+        try:
+            while True:
+                if self._control:
+                    await pipe.write(self._control.popleft())
+                elif (frame := self._head()) is not None:
+                    reply = frame.replies.popleft()
+                    try:
+                        await pipe.write(*self._message(frame, reply))
+                    finally:
+                        reply.release()
+                elif self._frames or not (self._is_half_closed or self._leaving):
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                else:
+                    return
+                self._written_s = self._loop.time()
+        except Exception as error:  # noqa: BLE001 - the top level of this task
+            self.cut(unexpected(error, f"writing stream {self._id}"))
+
+    def _head(self) -> _Frame | None:
+        """Return an open frame that has something to write; in order only the first may."""
+        if not self._is_ordered:
+            return next((frame for frame in self._frames.values() if frame.replies), None)
+        frame = next(iter(self._frames.values()), None)
+        return frame if frame is not None and frame.replies else None
+
+    def _message(
+        self, frame: _Frame, reply: Reply
+    ) -> tuple[inference_pb2.StreamResponse, memoryview | None]:
+        """Return one reply's message and data; a frame that ends with it has ended.
+
+        The client may send the next frame as soon as it sees the last of it.
+        """
+        if reply.kind != "item":
+            del self._frames[frame.seq]
+            self._open_bytes -= frame.size
+            self._num_ended += 1
+            if len(self._frames) < _CLOGGED_FRAMES:
+                self._flowing.set()
+        head = inference_pb2.StreamResponse(seq=frame.seq)
+        error = reply.error
+        if error is None:
+            try:
+                head.result.more = reply.kind == "item"
+                if reply.kind in {"item", "result"}:
+                    from_node(reply.node, head.result.value)
+            except NosError as malformed:
+                error = malformed
+        if error is not None:
+            visible = self._access.visible(error, self._owner)
+            head.error.CopyFrom(to_message(visible))
+            return head, None
+        if reply.kind != "item" and frame.request is not None:
+            set_timings(head.result.timings, frame.request, reply, self._loop.time())
+        head.result.data_bytes = reply.block.nbytes
+        return head, reply.block
+
+    def _say(self, message: inference_pb2.StreamResponse) -> None:
+        self._control.append(message)
+        self._wake.set()
+
+    # Time, and the end.
+
+    def _beat(self) -> None:
+        if self._loop.time() - self._written_s >= HEARTBEAT_S and not self._control:
+            self._say(inference_pb2.StreamResponse(heartbeat=inference_pb2.Heartbeat()))
+        self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat)
+
+    def _check_ticket(self) -> None:
+        left_s = self._access.ticket.expires_s + _EXPIRY_GRACE_S - time.time()
+        if left_s <= 0:
+            self.cut(
+                UnauthenticatedError(
+                    "the ticket of this stream expired", "renewal", hint="Resolve the model again"
+                )
+            )
+        else:
+            self._expiry = self._loop.call_later(left_s, self._check_ticket)
+
+    def _close(self) -> None:
+        """Withdraw everything that has no end; nobody reads any more."""
+        self._is_closed = True
+        for timer in (self._heartbeat, self._expiry):
+            if timer is not None:
+                timer.cancel()
+        for frame in self._frames.values():
+            if frame.request is not None:
+                self._manager.cancel(frame.request.id)
+            elif frame.input is not None:
+                frame.input.release()
+            for reply in frame.replies:
+                reply.release()
+        self._frames.clear()
+
+
+def deadline_of(timeout_s: float, now_s: float) -> float | None:
+    """Return when a call's answer is worth nothing any more; 0 means never.
+
+    Raises:
+        InvalidRequestError: If it is negative or not a number.
+    """
+    if math.isnan(timeout_s) or timeout_s < 0:
+        raise InvalidRequestError("not a time to wait", "timeout_s", "seconds >= 0", str(timeout_s))
+    return now_s + timeout_s if timeout_s else None
+
+
+def set_timings(
+    target: inference_pb2.Timings, request: Request, reply: Reply, now_s: float
+) -> None:
+    """Write where the time of an answered request went."""
+    target.queue_s = max(0.0, request.granted_s - request.arrived_s - request.batch_wait_s)
+    target.batch_wait_s = request.batch_wait_s
+    target.compute_s = reply.compute_s
+    target.server_s = now_s - request.arrived_s
+    target.batch_size = reply.batch_size
+
+
+def _too_long(frame: _Frame) -> InvalidRequestError:
+    return InvalidRequestError(
+        "the frame has more bytes than it said", "data_bytes", f"{frame.size} bytes"
+    )

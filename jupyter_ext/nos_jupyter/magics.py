@@ -1,0 +1,314 @@
+"""The `%nos` magics: each is one call of a public function of the SDK, and shows what that gave."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import nos
+from IPython.core.error import UsageError
+from IPython.core.magic import (
+    Magics,
+    line_cell_magic,
+    magics_class,
+    no_var_expand,
+    output_can_be_silenced,
+)
+from nos.errors import ModelError, NosError, UnauthenticatedError
+from nos.types import ModelList
+
+from nos_jupyter import arguments, views
+from nos_jupyter.completion import NameCache, matcher
+from nos_jupyter.progress import Progress
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from IPython.core.interactiveshell import InteractiveShell
+    from nos import Client
+
+T = TypeVar("T")
+
+_CELL_COMMANDS = ("model", "run")
+
+
+@magics_class
+class NosMagics(Magics):
+    """`%nos` and `%%nos`."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self._shell = shell
+        self.command_line = arguments.build()
+        self.cache = NameCache(self._fetch_names)
+        self.matcher = matcher(self.command_line, self.cache)
+        self._lock = threading.Lock()
+        #: The kernel's connection; made on first use, replaced by connect and start.
+        self._client: Client | None = None
+        #: How to make it; what connect and start were told.
+        self._find: Callable[[], Client] = nos.connect
+        #: Whether `start` was the last that told.
+        self._is_started = False
+        #: What the last command that failed left behind; None after none.
+        self._last_failure: NosError | None = None
+
+    @no_var_expand
+    @output_can_be_silenced
+    @line_cell_magic
+    def nos(self, line: str, cell: str | None = None) -> Any:
+        """Use an inference server from the notebook; `%nos help` lists the commands.
+
+        Values are text; `{expression}` and `$name` pass the object itself.
+        """
+        try:
+            options = self.command_line.parse(line)
+        except arguments.HelpShown:
+            return None
+        if cell is not None and options.command not in _CELL_COMMANDS:
+            raise UsageError(f"%%nos {options.command} takes no cell; write %nos {options.command}")
+        with self._one_line_errors():
+            if options.command == "model":
+                return self._model(options, cell)
+            if options.command == "run":
+                return self._run(options, cell)
+            run: Callable[[argparse.Namespace], Any] = getattr(self, f"_{options.command}")
+            return run(options)
+
+    def client(self) -> Client:
+        """Return the kernel's connection, and make it if there is none. Any thread may call it.
+
+        Raises:
+            NosError: If no backend is found.
+        """
+        with self._lock:
+            if self._client is None:
+                self._client = self._find()
+            return self._client
+
+    def connect(self) -> Client:
+        """Make a further connection to the backend that the kernel uses now.
+
+        Raises:
+            NosError: If it does not answer.
+        """
+        return self._find()
+
+    def close(self) -> None:
+        """Close the kernel's connection."""
+        self._use(None)
+
+    def _ask(self, question: Callable[[Client], T]) -> T:
+        """Ask the backend; once more over a new connection where it was restarted with another token."""
+        client = self.client()
+        try:
+            return question(client)
+        except UnauthenticatedError:
+            self._use(None)
+            return question(self.client())
+
+    def _use(self, client: Client | None) -> None:
+        with self._lock:
+            old, self._client = self._client, client
+        if old is not None and old is not client:
+            old.close()
+        self.cache.forget()
+
+    @contextlib.contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        """Let errors keep their class and show one line in place of a traceback through this package."""
+        try:
+            yield
+        except NosError as error:
+            self._last_failure = error
+            text = str(error)
+            if isinstance(error, ModelError) or "\n" in text:
+                text = f"{without_traceback(text)}. %nos debug shows the traceback"
+            show_in_one_line(error, text)
+            raise
+        except KeyboardInterrupt as error:
+            show_in_one_line(error, "interrupted; the call is cancelled")
+            raise
+
+    def _fetch_names(self) -> list[str]:
+        return [model.name for model in self._ask(lambda client: client.models())]
+
+    def _status(self, _: argparse.Namespace) -> Any:
+        return self._ask(lambda client: client.status())
+
+    def _connect(self, options: argparse.Namespace) -> Any:
+        find = functools.partial(nos.connect, options.address, token_file=options.token_file)
+        self._use(find())
+        self._find, self._is_started = find, False
+        return self._status(options)
+
+    def _start(self, options: argparse.Namespace) -> Any:
+        wanted = {name: getattr(options, name) for name in ("device", "port", "models", "owned")}
+        with Progress(self._shell, "starting the backend"):
+            client = nos.start(
+                progress=False, **{name: value for name, value in wanted.items() if value}
+            )
+        self._use(client)
+        self._find, self._is_started = functools.partial(nos.connect, client.address), True
+        return self._status(options)
+
+    def _stop(self, _: argparse.Namespace) -> Any:
+        if self._is_started:
+            self._use(None)
+            self._find, self._is_started = nos.connect, False
+        if nos.stop():
+            return views.Message("the backend is stopped")
+        return views.Message("no backend of this user runs on this machine")
+
+    def _models(self, options: argparse.Namespace) -> Any:
+        models = self._ask(lambda client: client.models(options.pattern))
+        return (
+            ModelList(model for model in models if model.state == "device")
+            if options.loaded
+            else models
+        )
+
+    def _info(self, options: argparse.Namespace) -> Any:
+        return self._ask(lambda client: client.info(options.model))
+
+    def _load(self, options: argparse.Namespace) -> Any:
+        with Progress(self._shell, f"loading {options.model}"):
+            return self._ask(lambda client: client.load(options.model))
+
+    def _unload(self, options: argparse.Namespace) -> Any:
+        return self._ask(lambda client: client.unload(options.model))
+
+    def _run(self, options: argparse.Namespace, cell: str | None) -> Any:
+        namespace = self._shell.user_ns
+        values = [arguments.value(word, namespace) for word in options.values]
+        named = arguments.named_values(options.input, namespace)
+        if options.out and not options.out.isidentifier():
+            raise UsageError(f"-o expects a variable's name, got {options.out!r}")
+        if cell is not None:
+            values.insert(0, cell.strip())
+        handle = self._ask(lambda client: client.model(options.model))
+        method = getattr(handle, options.method) if options.method else handle
+        if options.timeout is not None:
+            named["timeout_s"] = options.timeout
+        begin_s = time.monotonic()
+        value = method(*values, **named)
+        if isinstance(value, Iterator):
+            value = list(value)
+        result = views.RunResult(options.model, value, time.monotonic() - begin_s)
+        if options.out:
+            namespace[options.out] = value
+        return result
+
+    def _mem(self, options: argparse.Namespace) -> Any:
+        if options.watch:
+            from nos_jupyter.widgets import MemoryProfile
+
+            return MemoryProfile(self.connect)
+        return views.Memory(self._status(options).workers)
+
+    def _model(self, options: argparse.Namespace, cell: str | None) -> Any:
+        if cell is None:
+            raise UsageError("%%nos model NAME heads the cell that holds the class")
+        source_name = f"<cell {self._shell.execution_count}>"
+        # The first line is the magic's own, so that a traceback counts lines as the notebook does.
+        source = "\n" + cell
+        class_name = find_class(source, source_name, options.class_name)
+        wanted = {name: getattr(options, name) for name in ("device", "isolation")}
+        fields = {name: value for name, value in wanted.items() if value}
+        info = self._ask(
+            lambda client: client.register(
+                source,
+                name=options.model,
+                class_name=class_name,
+                source_name=source_name,
+                **fields,
+            )
+        )
+        self.cache.forget()
+        return info
+
+    def _debug(self, _: argparse.Namespace) -> Any:
+        failure = self._last_failure
+        if failure is None:
+            return views.Message("no command has failed yet")
+        traceback = failure.remote_traceback if isinstance(failure, ModelError) else ""
+        return views.Preformatted((traceback or str(failure)).strip("\n"))
+
+    def _help(self, options: argparse.Namespace) -> None:
+        topic = options.topic
+        if topic is not None and topic not in self.command_line.commands:
+            raise UsageError(f"no command {topic!r}; %nos help lists the commands")
+        parser = self.command_line.commands[topic] if topic else self.command_line.parser
+        parser.print_help()
+
+
+def find_class(source: str, source_name: str, wanted: str | None) -> str:
+    """Compile a cell and say which of its classes is the model.
+
+    Args:
+        source: The cell's code.
+        source_name: Where it stands, for messages.
+        wanted: The class that the user named, if any.
+
+    Raises:
+        UsageError: If it does not compile, or leaves open which class is meant.
+    """
+    try:
+        tree = ast.parse(source, source_name)
+        compile(tree, source_name, "exec", dont_inherit=True)
+    except SyntaxError as error:
+        code = (error.text or "").strip()
+        raise UsageError(
+            f"the cell does not compile: line {error.lineno}: {error.msg}: {code}"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"the cell does not compile: {error}") from None
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    if wanted is not None:
+        if wanted not in names:
+            raise UsageError(f"the cell defines no class {wanted!r} at its top level")
+        return wanted
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise UsageError("the cell defines no class; a model is a class with public methods")
+    raise UsageError(
+        f"the cell defines {', '.join(names)}; say which is the model with --class NAME"
+    )
+
+
+def without_traceback(text: str) -> str:
+    """Return a message without the traceback in it: how it begins, and what was raised."""
+    first, *others = text.strip().rstrip(".").splitlines()
+    return f"{first.partition(':')[0]}: {others[-1].strip()}" if others else first
+
+
+def show_in_one_line(error: BaseException, text: str) -> None:
+    """Make IPython show an exception as its class and one sentence."""
+    line = f"{type(error).__name__}: {text}"
+    vars(error)["_render_traceback_"] = lambda: [line]
+
+
+def load(shell: InteractiveShell) -> None:
+    """Add the magics and their completion to a shell, once."""
+    if shell.magics_manager.registry.get(NosMagics.__name__) is not None:
+        return
+    magics = NosMagics(shell)
+    shell.register_magics(magics)
+    shell.Completer.custom_matchers.append(magics.matcher)
+
+
+def unload(shell: InteractiveShell) -> None:
+    """Take them away."""
+    magics = shell.magics_manager.registry.pop(NosMagics.__name__, None)
+    if magics is None:
+        return
+    for kind in ("line", "cell"):
+        shell.magics_manager.magics[kind].pop("nos", None)
+    shell.Completer.custom_matchers.remove(magics.matcher)
+    magics.close()

@@ -1,0 +1,314 @@
+"""The server's calls with one answer, and its feeds: path, request, and what the answer means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from nos import types
+from nos.wire import signature, status, values
+from nos.wire.v1 import cluster_pb2, models_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from google.protobuf.message import Message
+
+T = TypeVar("T")
+
+#: The server gives a load up by itself after 300 s.
+LOAD_TIMEOUT_S: Final = 330.0
+
+_MODELS: Final = "/nos.v1.ModelService/"
+_CLUSTER: Final = "/nos.v1.ClusterService/"
+
+
+@dataclass(frozen=True, slots=True)
+class Rpc(Generic[T]):
+    """A call to be made: nothing has been sent yet."""
+
+    path: str
+    request: Message
+    #: Turns the answer's bytes, or each message of a feed, into what the user gets.
+    parse: Callable[[bytes], T]
+    #: Replaces the client's default where the server may rightly take longer.
+    timeout_s: float | None = None
+
+
+def list_models(pattern: str) -> Rpc[types.ModelList]:
+    """Ask for the catalogue."""
+
+    def parse(raw: bytes) -> types.ModelList:
+        response = models_pb2.ListModelsResponse.FromString(raw)
+        return types.ModelList(to_info(model) for model in response.models)
+
+    return Rpc(_MODELS + "ListModels", models_pb2.ListModelsRequest(pattern=pattern), parse)
+
+
+def get_info(model: str) -> Rpc[types.ModelInfo]:
+    """Ask about one model."""
+    request = models_pb2.GetModelInfoRequest(model=model)
+    return Rpc(
+        _MODELS + "GetModelInfo",
+        request,
+        lambda raw: to_info(models_pb2.GetModelInfoResponse.FromString(raw).model),
+    )
+
+
+def get_spec(model: str) -> Rpc[models_pb2.ModelSpec]:
+    """Ask for a model's interface, as calls are checked against."""
+    request = models_pb2.GetModelInfoRequest(model=model)
+    return Rpc(
+        _MODELS + "GetModelInfo",
+        request,
+        lambda raw: models_pb2.GetModelInfoResponse.FromString(raw).model.spec,
+    )
+
+
+def load(model: str) -> Rpc[types.ModelInfo]:
+    """Have a model placed; answered when it can answer."""
+    return Rpc(
+        _MODELS + "LoadModel",
+        models_pb2.LoadModelRequest(model=model),
+        lambda raw: to_info(models_pb2.LoadModelResponse.FromString(raw).model),
+        LOAD_TIMEOUT_S,
+    )
+
+
+def unload(model: str) -> Rpc[types.ModelInfo]:
+    """Have a model taken off its devices; answered when its work in flight is done."""
+    return Rpc(
+        _MODELS + "UnloadModel",
+        models_pb2.UnloadModelRequest(model=model),
+        lambda raw: to_info(models_pb2.UnloadModelResponse.FromString(raw).model),
+        LOAD_TIMEOUT_S,
+    )
+
+
+def delete(model: str) -> Rpc[None]:
+    """Have a model forgotten."""
+    return Rpc(
+        _MODELS + "DeleteModel",
+        models_pb2.DeleteModelRequest(model=model),
+        lambda _raw: None,
+        LOAD_TIMEOUT_S,
+    )
+
+
+def register(
+    source: str,
+    class_name: str,
+    init: Mapping[str, Any] | None,
+    *,
+    name: str,
+    device: str,
+    isolation: str,
+    source_name: str,
+) -> Rpc[types.ModelInfo]:
+    """Make a model of source text.
+
+    Args:
+        source: Python.
+        class_name: Its top-level name that is the model.
+        init: What `__init__` is called with.
+        name: The model's name; empty leaves it to the source.
+        device: As in the request; empty leaves it to the source.
+        isolation: Likewise.
+        source_name: Where the source came from.
+    """
+    nodes, payload = values.write_arguments(list((init or {}).items()))
+    request = models_pb2.RegisterModelRequest(
+        source=source,
+        class_name=class_name,
+        init_arguments=nodes,
+        data=b"".join(payload.buffers),
+        name=name,
+        device=device,
+        isolation=isolation,
+        source_name=source_name,
+    )
+    return Rpc(
+        _MODELS + "RegisterModel",
+        request,
+        lambda raw: to_info(models_pb2.RegisterModelResponse.FromString(raw).model),
+    )
+
+
+def get_status(address: str, source: str, routes: dict[str, str]) -> Rpc[types.Status]:
+    """Ask how the server stands; the arguments complete the answer."""
+    return Rpc(
+        _CLUSTER + "GetStatus",
+        cluster_pb2.GetStatusRequest(),
+        lambda raw: to_status(
+            cluster_pb2.GetStatusResponse.FromString(raw), address, source, routes
+        ),
+    )
+
+
+def resolve(model: str) -> Rpc[cluster_pb2.ResolveResponse]:
+    """Ask the way to a model; loads it if need be."""
+    return Rpc(
+        _CLUSTER + "Resolve",
+        cluster_pb2.ResolveRequest(model=model),
+        cluster_pb2.ResolveResponse.FromString,
+        LOAD_TIMEOUT_S,
+    )
+
+
+def watch_models() -> Rpc[types.ModelChange]:
+    """Follow the catalogue."""
+
+    def parse(raw: bytes) -> types.ModelChange:
+        response = models_pb2.WatchModelsResponse.FromString(raw)
+        return types.ModelChange(model=to_info(response.model), is_deleted=response.is_deleted)
+
+    return Rpc(_MODELS + "WatchModels", models_pb2.WatchModelsRequest(), parse)
+
+
+def watch_events(status_interval_s: float, address: str) -> Rpc[types.Event]:
+    """Follow the cluster."""
+
+    def parse(raw: bytes) -> types.Event:
+        response = cluster_pb2.WatchEventsResponse.FromString(raw)
+        has_status = response.HasField("status")
+        return types.Event(
+            time_s=response.time_s,
+            kind=response.kind,
+            model=response.model,
+            worker=response.worker,
+            message=response.message,
+            status=to_status(response.status, address, "", {}) if has_status else None,
+        )
+
+    request = cluster_pb2.WatchEventsRequest(status_interval_s=status_interval_s)
+    return Rpc(_CLUSTER + "WatchEvents", request, parse)
+
+
+def to_spec(message: models_pb2.ModelSpec) -> types.ModelSpec:
+    """Return the interface as users see it."""
+    return types.ModelSpec(
+        name=message.name,
+        version=message.version,
+        owner=message.owner,
+        doc=message.doc,
+        methods=tuple(to_method(method) for method in message.methods),
+        device=message.device,
+        isolation=message.isolation,
+        source_sha256=message.source_sha256,
+        weight_bytes=message.weight_bytes,
+        call_timeout_s=message.call_timeout_s,
+    )
+
+
+def to_method(message: models_pb2.Method) -> types.MethodInfo:
+    """Return a method as users see it."""
+    return types.MethodInfo(
+        name=message.name,
+        doc=message.doc,
+        parameters=tuple(
+            types.ParameterInfo(
+                name=it.name,
+                annotation=it.type.annotation,
+                wants=signature.describe(it.type),
+                has_default=it.has_default,
+                default_text=it.default_text,
+                is_variadic=it.is_variadic,
+                is_keywords=it.is_keywords,
+            )
+            for it in message.parameters
+        ),
+        returns=message.returns.annotation,
+        is_generator=message.is_generator,
+        batches=tuple(message.batching.parameters),
+        max_batch=message.batching.max_rows,
+        queue_delay_s=(
+            message.batching.queue_delay_s if message.batching.HasField("queue_delay_s") else None
+        ),
+    )
+
+
+def to_info(message: models_pb2.ModelInfo) -> types.ModelInfo:
+    """Return a model as users see it."""
+    has_error = message.HasField("error")
+    return types.ModelInfo(
+        spec=to_spec(message.spec),
+        state=_state(message.state),
+        replicas=tuple(
+            types.ReplicaInfo(
+                worker=it.worker,
+                device=it.device,
+                state=_state(it.state),
+                device_bytes=it.device_bytes,
+                num_pending=it.num_pending,
+                num_answered=it.num_answered,
+                load_s=it.load_s,
+                history=tuple(
+                    types.Transition(
+                        time_s=move.time_s,
+                        source=move.source,
+                        target=move.target,
+                        reason=move.reason,
+                        moved_bytes=move.moved_bytes,
+                        took_s=move.took_s,
+                    )
+                    for move in it.history
+                ),
+                host_bytes=it.host_bytes,
+                note=it.note,
+            )
+            for it in message.replicas
+        ),
+        error=str(status.from_message(message.error)) if has_error else "",
+    )
+
+
+def to_status(
+    message: cluster_pb2.GetStatusResponse, address: str, source: str, routes: dict[str, str]
+) -> types.Status:
+    """Return the server's state as users see it."""
+    return types.Status(
+        version=message.version,
+        state=message.state,
+        uptime_s=message.uptime_s,
+        workers=tuple(_to_worker(worker) for worker in message.workers),
+        num_models=message.num_models,
+        dashboard_url=message.dashboard_url,
+        scheduler_address=message.scheduler_address,
+        address=address,
+        source=source,
+        routes=routes,
+        notices=tuple(message.notices),
+    )
+
+
+def _to_worker(message: cluster_pb2.Worker) -> types.Worker:
+    device = message.device
+    return types.Worker(
+        name=message.name,
+        address=message.address,
+        pid=message.pid,
+        device=types.Device(
+            name=device.name,
+            product=device.product,
+            capacity_bytes=device.capacity_bytes,
+            used_bytes=device.used_bytes,
+            models=tuple(
+                types.ModelMemory(
+                    model=it.model,
+                    owner=it.owner,
+                    device_bytes=it.device_bytes,
+                    host_bytes=it.host_bytes,
+                )
+                for it in device.models
+            ),
+        ),
+        num_queued=message.num_queued,
+        num_running=message.num_running,
+        num_streams=message.num_streams,
+        num_executors=message.num_executors,
+    )
+
+
+def _state(number: models_pb2.ModelState.ValueType) -> str:
+    name: str = models_pb2.ModelState.Name(number)
+    return name.removeprefix("MODEL_STATE_").lower()

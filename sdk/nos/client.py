@@ -1,0 +1,546 @@
+"""The client for threads: scripts, notebooks, anything that waits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any, Final
+
+from nos import _address, _control, _tokens
+from nos._channel import check_listening
+from nos._engine import Engine, Feed, Via
+from nos._stream import Policy, StreamCore, flow_of
+from nos.authoring import source_of
+from nos.errors import StreamClosedError
+from nos.handles import HandleCore, MethodCore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from nos._link import Call, Flow
+    from nos._tokens import NewToken, TokenList
+    from nos.types import Event, Memory, ModelChange, ModelInfo, ModelList, Result, Status
+    from nos.wire.v1 import models_pb2
+
+DEFAULT_TIMEOUT_S: Final = 30.0
+
+#: Twice the server's usual window: as the next result is taken, the next frame is already there.
+MAX_IN_FLIGHT: Final = 32
+
+
+def connect(
+    address: str | None = None,
+    *,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    via: Via = "auto",
+) -> Client:
+    """Connect to a running server.
+
+    Args:
+        address: `host:port`. By default `NOS_ADDRESS`, the nearest `nos.toml`, or this user's backend on
+            this machine; `client.status()` says which it was.
+        token: What opens the server; rather name a file.
+        token_file: A file that holds the token. By default `NOS_TOKEN_FILE`, or what belongs to the address.
+        timeout_s: How long a question to the server may take. Calls of models have no limit of their own.
+        via: `auto` sends frames straight to the workers where they can be reached, else through the
+            gateway; `direct` and `relay` allow the one only.
+
+    Raises:
+        UnavailableError: If no server listens there.
+        UnauthenticatedError: If the token is missing or wrong.
+        ConfigError: If the address, a settings file or the token file is wrong.
+    """
+    target = _address.find(address, token, token_file)
+    check_listening(target.address)
+    client = Client(target, timeout_s=timeout_s, via=via)
+    try:
+        client.status()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Client:
+    """A connection to a server; made by `nos.connect` or `nos.start`.
+
+    Usable from many threads, inside a running event loop, and in forked children, where it connects anew.
+    """
+
+    def __init__(
+        self, target: _address.Target, *, timeout_s: float = DEFAULT_TIMEOUT_S, via: Via = "auto"
+    ) -> None:
+        self._target = target
+        self._engine = Engine(target, timeout_s, via)
+
+    @property
+    def address(self) -> str:
+        """The gateway's address."""
+        return self._target.address
+
+    def status(self, *, timeout_s: float | None = None) -> Status:
+        """Return how the server stands, and which way this client's streams go."""
+        target = self._target
+        rpc = _control.get_status(target.address, target.source, self._engine.routes())
+        return self._engine.wait(rpc, timeout_s)
+
+    def memory(self, *, timeout_s: float | None = None) -> Memory:
+        """Return who holds how much memory, by device, tier, model and owner."""
+        return self.status(timeout_s=timeout_s).memory
+
+    def models(self, pattern: str = "", *, timeout_s: float | None = None) -> ModelList:
+        """List the models whose names contain `pattern`."""
+        return self._engine.wait(_control.list_models(pattern), timeout_s)
+
+    def info(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
+        """Return how a model stands; `name`, or `name@v3`.
+
+        Raises:
+            ModelNotFoundError: If there is none of that name.
+        """
+        return self._engine.wait(_control.get_info(name), timeout_s)
+
+    def model(self, name: str, *, timeout_s: float | None = None) -> ModelHandle:
+        """Return a handle to a model, which need not be loaded.
+
+        Raises:
+            ModelNotFoundError: If there is none of that name.
+        """
+        return ModelHandle(self._engine, self._engine.wait(_control.get_spec(name), timeout_s))
+
+    def load(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
+        """Place a model on a device; returns when it can answer.
+
+        Raises:
+            LoadError: If it cannot be loaded.
+            OutOfDeviceMemoryError: If no device has room for it.
+        """
+        return self._engine.wait(_control.load(name), timeout_s)
+
+    def unload(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
+        """Take a model off its devices, after its work in flight."""
+        return self._engine.wait(_control.unload(name), timeout_s)
+
+    def register(
+        self,
+        source: str | type | Any,
+        *,
+        name: str = "",
+        class_name: str = "",
+        init: Mapping[str, Any] | None = None,
+        device: str = "",
+        isolation: str = "",
+        source_name: str = "",
+        timeout_s: float | None = None,
+    ) -> ModelInfo:
+        """Make a model of a class, by its source; it runs beside the server's other models, never here.
+
+        Args:
+            source: Python text, or a class or function whose source can be found.
+            name: The model's name; by default what its `@nos.model` says.
+            class_name: Which top-level name of the text is the model; known where a class is given.
+            init: What `__init__` is called with.
+            device: `auto`, `cpu` or `cuda`.
+            isolation: `shared` (with the owner's other models) or `process` (one of its own).
+            source_name: Where the source came from, for tracebacks.
+            timeout_s: Replaces the client's limit.
+
+        Returns:
+            The new version; the old one where nothing changed.
+        """
+        found = source_of(source, class_name, source_name)
+        rpc = _control.register(
+            found.text,
+            found.class_name,
+            init,
+            name=name or found.name,
+            device=device,
+            isolation=isolation,
+            source_name=found.source_name,
+        )
+        return self._engine.wait(rpc, timeout_s)
+
+    def unregister(self, name: str, *, timeout_s: float | None = None) -> None:
+        """Forget a model and all its versions."""
+        self._engine.wait(_control.delete(name), timeout_s)
+
+    def create_token(
+        self,
+        tenant: str,
+        *,
+        role: str = "user",
+        ttl_s: float = 0.0,
+        label: str = "",
+        timeout_s: float | None = None,
+    ) -> NewToken:
+        """Make a token for somebody; takes an admin.
+
+        Args:
+            tenant: Whom it acts for; owns what it registers.
+            role: `viewer`, `user`, `author` or `admin`.
+            ttl_s: Seconds until it ends; 0 for never.
+            label: What it is for.
+            timeout_s: Replaces the client's limit.
+
+        Returns:
+            What is known of it, and its secret, which is told only here.
+        """
+        return self._engine.wait(_tokens.create(tenant, role, ttl_s, label), timeout_s)
+
+    def list_tokens(self, *, timeout_s: float | None = None) -> TokenList:
+        """List the tokens, without secrets; takes an admin."""
+        return self._engine.wait(_tokens.list_all(), timeout_s)
+
+    def revoke_token(self, token_id: str, *, timeout_s: float | None = None) -> None:
+        """End a token, and within seconds all that it has under way; takes an admin."""
+        self._engine.wait(_tokens.revoke(token_id), timeout_s)
+
+    def watch(self) -> Feed[ModelChange]:
+        """Follow the models: each as it is now, then each that changes."""
+        return self._engine.feed(_control.watch_models())
+
+    def events(self, *, status_interval_s: float = 0.0) -> Feed[Event]:
+        """Follow what happens on the server.
+
+        Args:
+            status_interval_s: Seconds between snapshots of the status; 0 for none.
+        """
+        return self._engine.feed(_control.watch_events(status_interval_s, self.address))
+
+    def close(self) -> None:
+        """End all calls and streams; idempotent. The server and its models stay."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<nos.Client of {self.address}>"
+
+
+class Items:
+    """The items of a generator method, as the model yields them."""
+
+    def __init__(self, engine: Engine, key: str, call: Call) -> None:
+        self._call = call
+        self._arrived: queue.SimpleQueue[tuple[Any] | None] = queue.SimpleQueue()
+        call.stream_items(lambda value: self._arrived.put((value,)))
+        call.add_done_callback(lambda _: self._arrived.put(None))
+        engine.submit(key, call)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        got = self._arrived.get()
+        if got is not None:
+            return got[0]
+        self._arrived.put(None)
+        if not self._call.cancelled():
+            self._call.result()
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the generator on the server."""
+        self._call.cancel()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+class Method(MethodCore):
+    """A method of a remote model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it and return its result; of a generator, an iterator over its items.
+
+        Args:
+            *args: As its signature says.
+            **kwargs: As its signature says, and `timeout_s`: how long the answer is worth waiting for.
+
+        Raises:
+            InvalidRequestError: If the arguments do not fit.
+            ModelError: If the model raised.
+            NosError: If it did not come to that.
+        """
+        timeout_s = self._pop_timeout(kwargs)
+        call = self._prepare(args, kwargs, timeout_s)
+        if self.info.is_generator:
+            return Items(self._engine, self._spec.key, call)
+        self._engine.submit(self._spec.key, call)
+        return call.wait(timeout_s)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Call:
+        """Start it and return a `concurrent.futures.Future`; a generator's items come as one list.
+
+        The arguments may be changed as soon as this returns.
+        """
+        call = self._prepare(args, kwargs, self._pop_timeout(kwargs))
+        self._engine.submit(self._spec.key, call)
+        return call
+
+    def map(
+        self,
+        items: Iterable[Any],
+        *,
+        progress: bool = False,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        timeout_s: float | None = None,
+    ) -> Iterator[Any]:
+        """Run it on each item and yield the results in order.
+
+        Args:
+            items: Each is passed as the only argument. Taken as needed: it may be endless.
+            progress: Whether to show a bar.
+            max_in_flight: How many calls may be without an answer at once.
+            timeout_s: How long each answer is worth waiting for.
+
+        Raises:
+            NosError: While iterating, at the item whose call failed; those behind it are withdrawn.
+        """
+        return self._map(items, progress, max(1, max_in_flight), timeout_s)
+
+    def _map(
+        self, items: Iterable[Any], progress: bool, max_in_flight: int, timeout_s: float | None
+    ) -> Iterator[Any]:
+        bar: Any = contextlib.nullcontext()
+        if progress:
+            from tqdm.auto import tqdm  # picks the notebook's bar; not needed otherwise
+
+            total = len(items) if isinstance(items, Sized) else None
+            bar = tqdm(total=total, desc=self._spec.name, unit="call")
+        calls: deque[Call] = deque()
+        try:
+            with bar:
+                for item in items:
+                    call = self._prepare((item,), {}, timeout_s)
+                    self._engine.submit(self._spec.key, call)
+                    calls.append(call)
+                    if len(calls) >= max_in_flight:
+                        yield calls.popleft().wait(timeout_s)
+                        if progress:
+                            bar.update()
+                while calls:
+                    yield calls.popleft().wait(timeout_s)
+                    if progress:
+                        bar.update()
+        finally:
+            for call in calls:
+                call.cancel()
+
+    def stream(
+        self,
+        *,
+        max_pending: int | None = None,
+        policy: Policy = "block",
+        ordered: bool = True,
+    ) -> Stream:
+        """Open a stream for frames of this method; see `Stream`."""
+        flow = flow_of(policy, ordered=ordered)
+        return Stream(self, self._engine, self._spec.key, max_pending, flow)
+
+    def _prepare_frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return self._prepare(args, kwargs, self._pop_timeout(kwargs))
+
+
+class Stream:
+    """Frames in, results out, over a connection of its own.
+
+    One thread may send and receive in turn: then iterating ends when everything that it sent has its
+    end. Or one thread sends while another receives: then iterating ends after `finish()`. Memory is
+    bounded by the server's window for frames and by `max_pending` for results that nobody takes.
+
+    Args:
+        method: What runs on each frame.
+        engine: Carries it.
+        key: The model version.
+        max_pending: How many frames may be without an end or with a result that was not taken, before
+            `send` waits; None for no limit.
+        flow: From `policy`: under `block` `send` waits for room; under `drop_oldest` up to 16 frames wait
+            instead, under `latest` one, and at most two are at the server. A frame that is dropped ends at
+            once in an `OverloadedError`. From `ordered`: False gives results as they are there.
+    """
+
+    def __init__(
+        self, method: Method, engine: Engine, key: str, max_pending: int | None, flow: Flow
+    ) -> None:
+        self._method = method
+        self._max_pending = max_pending
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._core = StreamCore(engine, key, flow, self._change)
+
+    @property
+    def route(self) -> str:
+        """Which way the frames go; empty until that is known."""
+        return self._core.route
+
+    def send(self, *args: Any, **kwargs: Any) -> int:
+        """Send a frame; waits while the server's window is full.
+
+        The arguments may be changed as soon as this returns.
+
+        Args:
+            *args: As the method's signature says.
+            **kwargs: As the method's signature says, and `timeout_s`.
+
+        Returns:
+            The frame's number: 1, 2, 3, ...
+
+        Raises:
+            InvalidRequestError: If the arguments do not fit; nothing was sent.
+            StreamClosedError: If the stream was closed or finished.
+        """
+        self._check_pid()
+        call = self._method._prepare_frame(args, kwargs)  # noqa: SLF001 - of this module
+        results = self._core.results
+        with self._changed:
+            if self._max_pending is not None:
+                self._changed.wait_for(
+                    lambda: results.num_pending < (self._max_pending or 1) or results.is_finished
+                )
+            if results.is_finished:
+                raise StreamClosedError("the stream is finished: it takes no more frames")
+            seq = results.on_send(threading.get_ident())
+        admitted = threading.Event()
+        self._core.submit(call, seq, admitted.set)
+        if not self._core.is_blocking:
+            return seq
+        try:
+            admitted.wait()
+        except BaseException:
+            call.cancel()
+            raise
+        return seq
+
+    def __iter__(self) -> Iterator[Result]:
+        return self
+
+    def __next__(self) -> Result:
+        """Return the next result.
+
+        Raises:
+            StopIteration: If none will come.
+            NosError: If the stream broke while nothing was in flight.
+        """
+        self._check_pid()
+        me = threading.get_ident()
+        with self._changed:
+            while (result := self._core.results.take(me)) is None:
+                self._changed.wait()
+            self._changed.notify_all()
+            return result
+
+    def finish(self) -> None:
+        """Say that no frame will follow; results still come."""
+        self._check_pid()
+        with self._changed:
+            self._core.results.is_finished = True
+            self._changed.notify_all()
+        self._core.finish()
+
+    def close(self) -> None:
+        """End at once: frames without an end are withdrawn; idempotent."""
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            self._core.results.is_finished = True
+            self._changed.notify_all()
+        self._core.close()
+
+    def _change(self, apply: Any) -> None:
+        with self._changed:
+            apply()
+            self._changed.notify_all()
+
+    def _check_pid(self) -> None:
+        if os.getpid() != self._pid:
+            raise StreamClosedError(
+                "the stream was opened before this process was forked", hint="Open another here"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ModelHandle(HandleCore):
+    """A remote model that is called like a local one.
+
+    `model(x)` runs it; its public methods are attributes (`model.encode(x)`), each with `submit`, `map` and
+    `stream` of its own.
+    """
+
+    def _make_method(self, engine: Engine, spec: Any, method: models_pb2.Method) -> Method:
+        return Method(engine, spec, method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; see `Method.__call__`."""
+        return self.method(None)(*args, **kwargs)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Call:
+        """Start the model and return a `concurrent.futures.Future`; see `Method.submit`."""
+        future: Call = self.method(None).submit(*args, **kwargs)
+        return future
+
+    def map(
+        self,
+        items: Iterable[Any],
+        *,
+        method: str | None = None,
+        progress: bool = False,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        timeout_s: float | None = None,
+    ) -> Iterator[Any]:
+        """Run the model, or one of its methods, on each item; see `Method.map`."""
+        found: Method = self.method(method)
+        return found.map(items, progress=progress, max_in_flight=max_in_flight, timeout_s=timeout_s)
+
+    def stream(
+        self,
+        method: str | None = None,
+        *,
+        max_pending: int | None = None,
+        policy: Policy = "block",
+        ordered: bool = True,
+    ) -> Stream:
+        """Open a stream for frames of one method, by default of the model's call; see `Stream`."""
+        found: Method = self.method(method)
+        return found.stream(max_pending=max_pending, policy=policy, ordered=ordered)
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """All methods by name, whatever the handle itself has of that name."""
+        return dict(self._methods)
+
+    def info(self) -> ModelInfo:
+        """Return how the model stands now."""
+        return self._engine.wait(_control.get_info(self.spec.key))
+
+    def load(self) -> ModelInfo:
+        """Place it on a device; see `Client.load`."""
+        return self._engine.wait(_control.load(self.spec.key))
+
+    def unload(self) -> ModelInfo:
+        """Take it off its devices; see `Client.unload`."""
+        return self._engine.wait(_control.unload(self.spec.key))

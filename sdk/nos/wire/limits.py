@@ -1,0 +1,49 @@
+"""Limits of the wire, with their reasons; both sides read them here."""
+
+from __future__ import annotations
+
+#: The protocol version that this code speaks.
+PROTOCOL_VERSION = 1
+
+#: Data bytes per message when we write. Below it one message carries the frame; above it chunks follow,
+#: so that no frame is too large and none holds up the messages of its neighbours for long.
+CHUNK_BYTES = 1 << 20
+
+#: The largest message that either side accepts. Other writers may use larger chunks than ours.
+MESSAGE_BYTES = 16 << 20
+
+#: Header and data below this are built and parsed as one protobuf message: its copies cost less here
+#: than finding the data field by hand.
+SMALL_MESSAGE_BYTES = 16 << 10
+
+#: Data up to this goes through the socket of a local stream rather than through its shared memory: a copy
+#: of so little costs less than the bookkeeping.
+INLINE_BYTES = 4 << 10
+
+#: Shared memory of a local stream, for requests and for results each; it costs what is in use. Room for the
+#: usual window of bytes.
+SHARED_BYTES = 64 << 20
+
+#: The most that a worker maps for one direction of a local stream.
+MAX_SHARED_BYTES = 1 << 30
+
+#: Dimensions of a tensor.
+MAX_RANK = 8
+
+#: Bytes of all tensors and media of one frame.
+FRAME_BYTES = 2 << 30
+
+#: Depth of nested lists and dicts.
+MAX_DEPTH = 32
+
+#: Tensors start at multiples of this in `data`: what CUDA kernels and AVX-512 loads like.
+ALIGNMENT_BYTES = 64
+
+#: A feature of streams: results are written as they are there, not in the order of their frames.
+UNORDERED: str = "unordered"
+
+#: Metadata keys.
+MODEL_KEY = "nos-model"
+TICKET_KEY = "nos-ticket-bin"
+ERROR_KEY = "nos-error-bin"
+TOKEN_KEY = "authorization"  # noqa: S105 - the key, not a token

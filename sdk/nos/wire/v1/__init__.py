@@ -1,0 +1,1 @@
+"""Generated from proto/nos/v1 by `make proto`; never edited."""

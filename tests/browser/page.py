@@ -1,0 +1,110 @@
+"""A JupyterLab page in headless Chromium, driven by Lab's own commands."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from playwright.sync_api import Page, sync_playwright
+
+from tests.browser.lab import TOKEN, Jupyter
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
+START_MS = 90_000
+
+
+def write_notebook(server: Jupyter, name: str, cells: list[str]) -> None:
+    """Put a notebook where the server finds it."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
+    # Without it the page asks which kernel to use, and waits.
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    folder = server.log_path.parent / "notebooks"
+    nbformat.write(notebook, folder / name)
+
+
+class Lab:
+    """A notebook that is open in a browser."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    def open(self, server: Jupyter, name: str) -> None:
+        """Open a notebook and wait for its kernel."""
+        url = f"{server.origin}{server.base_url}lab/tree/{name}?token={TOKEN}&reset"
+        self.page.goto(url, wait_until="domcontentloaded")
+        self.page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=START_MS)
+        self.page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext")
+        self.wait_idle()
+
+    def wait_idle(self) -> None:
+        """Wait until the kernel is connected and has nothing to do."""
+        self.page.wait_for_function(
+            f"() => {KERNEL}?.connectionStatus === 'connected' && {KERNEL}.status === 'idle'",
+            timeout=START_MS,
+        )
+
+    def run_next(self) -> None:
+        """Run the cell at the cursor, wait until it ended, go to the next."""
+        self.page.evaluate(
+            "() => window.jupyterapp.commands.execute('notebook:run-cell-and-select-next')"
+        )
+        self.wait_idle()
+
+    def execute(self, code: str) -> str:
+        """Run code in the notebook's kernel, without a cell; return what it printed or raised."""
+        return str(
+            self.page.evaluate(
+                """async (code) => {
+                const future = KERNEL.requestExecute({ code, store_history: false });
+                let said = '';
+                future.onIOPub = ({ header, content }) => {
+                  if (header.msg_type === 'stream') said += content.text;
+                  if (header.msg_type === 'error') said += content.traceback.join('\\n');
+                };
+                await future.done;
+                return said;
+                }""".replace("KERNEL", KERNEL),
+                code,
+            )
+        )
+
+    def use_theme(self, name: str) -> None:
+        """Change Lab's theme, for instance to `JupyterLab Dark`."""
+        self.page.evaluate(
+            "(theme) => window.jupyterapp.commands.execute('apputils:change-theme', { theme })",
+            name,
+        )
+        is_light = str(name.endswith("Light")).lower()
+        self.page.wait_for_selector(f"body[data-jp-theme-light='{is_light}']", state="attached")
+
+
+@contextmanager
+def lab(folder: Path, **options: Any) -> Iterator[Lab]:
+    """Open a browser with its profile in `folder`."""
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(folder / "profile"),
+            executable_path=shutil.which("chromium"),
+            headless=True,
+            args=ARGUMENTS,
+            viewport={"width": 1100, "height": 900},
+            **options,
+        )
+        try:
+            yield Lab(context.new_page())
+        finally:
+            context.close()

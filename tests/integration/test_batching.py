@@ -1,0 +1,316 @@
+"""Batches on a real server: they happen, keep their limits, and one bad request fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import nos
+import numpy as np
+import pytest
+from nos import errors
+
+from tests.accept import Accept
+from tests.servers import Server
+
+T0_S, ROW_S = 5e-3, 0.2e-3
+
+
+@pytest.fixture
+def batch(client: nos.Client) -> Iterator[Any]:
+    model = client.model("fake/batch")
+    model.seen()
+    yield model
+    model.seen()
+
+
+def rows(number: int, num_rows: int = 1) -> np.ndarray[Any, Any]:
+    return np.full((num_rows, 4), float(number), np.float32)
+
+
+def answers(futures: list[Future[Any]]) -> list[Any]:
+    wait(futures)
+    return [future.exception() or future.result() for future in futures]
+
+
+@pytest.mark.accept("C1")
+def test_concurrent_single_requests_run_in_few_calls(batch: Any, accept: Accept) -> None:
+    futures = [batch.submit(rows(number)) for number in range(64)]
+    for number, answer in enumerate(answers(futures)):
+        np.testing.assert_array_equal(answer, rows(number))
+    sizes = batch.seen()
+    assert sum(sizes) == 64
+    accept.figure(len(sizes), 8, "calls for 64 requests")
+
+
+@pytest.mark.accept("C1")
+def test_digits_answers_alike_in_a_batch_and_alone(client: nos.Client, accept: Accept) -> None:
+    model, rng = client.model("nos/digits"), np.random.default_rng(1)
+    shapes = [(), (1,), (3,), (2, 2)] * 16
+    images = [rng.uniform(0, 16, (*shape, 8, 8)).astype(np.float32) for shape in shapes]
+    alone = [model(image) for image in images]
+    with model.stream() as stream:
+        for image in images:
+            stream.send(image)
+        results = [next(stream) for _ in images]
+    worst = 0.0
+    for expected, result, shape in zip(alone, results, shapes, strict=True):
+        assert result.value.shape == (*shape, 10)
+        worst = max(worst, float(np.abs(result.value - expected).max()))
+    assert max(result.timings.batch_size for result in results) > 1
+    accept.figure(worst, 1e-5, "away from the answer alone")
+
+
+@pytest.mark.accept("C1")
+def test_sentences_of_many_calls_are_embedded_as_one(client: nos.Client, accept: Accept) -> None:
+    model = client.model("sentence-transformers/all-MiniLM-L6-v2")
+    calls = [
+        [f"sentence {number}", "a longer one about cats"][: 1 + number % 2] for number in range(12)
+    ]
+    alone = [model(call) for call in calls]
+    with model.stream() as stream:
+        for call in calls:
+            stream.send(call)
+        results = [next(stream) for _ in calls]
+    worst = max(
+        float(np.abs(result.value - expected).max())
+        for expected, result in zip(alone, results, strict=True)
+    )
+    assert [result.value.shape for result in results] == [(len(call), 384) for call in calls]
+    assert max(result.timings.batch_size for result in results) > 1
+    accept.figure(worst, 1e-5, "away from the answer alone")
+
+
+@pytest.mark.accept("C2")
+def test_no_batch_is_over_its_declared_size(client: nos.Client) -> None:
+    model = client.model("fake/batch-four")
+    model.seen()
+    futures = [model.submit(rows(number, 1 + number % 3)) for number in range(30)]
+    for number, answer in enumerate(answers(futures)):
+        np.testing.assert_array_equal(answer, rows(number, 1 + number % 3))
+    assert max(model.seen()) == 4
+
+
+@pytest.mark.accept("C2")
+def test_a_lone_request_waits_for_its_queue_delay_and_no_longer(
+    client: nos.Client, accept: Accept
+) -> None:
+    model = client.model("fake/batch-four")
+    with model.stream() as stream:
+        stream.send(rows(1))
+        timings = next(stream).timings
+    assert timings.batch_size == 1
+    assert timings.batch_wait_s >= 0.099
+    accept.figure(timings.batch_wait_s, 0.12, "s in the queue, of 0.1 s delay")
+
+
+@pytest.mark.accept("C2")
+def test_a_lone_request_without_a_queue_delay_does_not_wait(batch: Any, accept: Accept) -> None:
+    with batch.stream() as stream:
+        waits = []
+        for number in range(20):
+            stream.send(rows(number))
+            waits.append(next(stream).timings.batch_wait_s)
+    accept.figure(max(waits), 2e-3, "s waited for companions")
+    assert max(waits) == 0
+
+
+@pytest.mark.accept("C2")
+def test_a_deadline_in_the_queue_is_kept(client: nos.Client, accept: Accept) -> None:
+    batch = client.model("fake/batch")
+    batch.seen()
+    start = time.monotonic()
+    futures = [batch.submit(rows(number)) for number in range(8)]
+    with pytest.raises(errors.DeadlineExceededError):
+        batch(rows(9), timeout_s=0.01)
+    accept.figure(time.monotonic() - start, 0.2, "s until told")
+    assert all(isinstance(answer, np.ndarray) for answer in answers(futures))
+
+
+@pytest.mark.accept("C3")
+def test_one_bad_request_fails_alone(batch: Any) -> None:
+    futures = [batch.poisoned.submit(rows(-1 if number == 17 else number)) for number in range(32)]
+    found = answers(futures)
+    assert isinstance(found.pop(17), errors.ModelError)
+    for answer, number in zip(found, [*range(17), *range(18, 32)], strict=True):
+        np.testing.assert_array_equal(answer, rows(number))
+    assert max(batch.seen()) > 1
+
+
+@pytest.mark.accept("C3")
+def test_a_result_with_fewer_rows_fails_only_whose_rows_are_missing(batch: Any) -> None:
+    futures = [batch.filtered.submit(rows(-1 if number == 3 else number)) for number in range(16)]
+    found = answers(futures)
+    assert isinstance(found[3], errors.ModelError)
+    assert [answer.shape for answer in found if isinstance(answer, np.ndarray)] == [(1, 4)] * 15
+
+
+@pytest.mark.accept("C4")
+def test_images_of_mixed_sizes_in_concurrent_calls_are_all_right(batch: Any) -> None:
+    rng = np.random.default_rng(2)
+    sizes = [(1, 1), (7, 5), (64, 48), (7, 5), (480, 640)]
+    images = [
+        rng.integers(0, 256, (1 + number % 2, *sizes[number % 5], 3), np.uint8)
+        for number in range(40)
+    ]
+    found = answers([batch.pixels.submit(image) for image in images])
+    for image, answer in zip(images, found, strict=True):
+        np.testing.assert_array_equal(answer, image.astype(np.int64).sum((1, 2)))
+    assert len(batch.seen()) < 40
+
+
+def test_only_calls_with_equal_other_arguments_share_a_batch(batch: Any) -> None:
+    futures = [batch.submit(rows(number), scale=float(number % 2)) for number in range(16)]
+    for number, answer in enumerate(answers(futures)):
+        np.testing.assert_array_equal(answer, rows(number * (number % 2)))
+
+
+def test_lists_dicts_and_tuples_are_split(client: nos.Client) -> None:
+    model = client.model("fake/batch-lists")
+    model.seen()
+    texts = [[f"a{number}", "b"][: 1 + number % 2] for number in range(12)]
+    found = answers([model.upper.submit(text) for text in texts])
+    assert found == [[item.upper() for item in text] for text in texts]
+    for number, answer in enumerate(
+        answers([model.both.submit(rows(number, 2)) for number in range(12)])
+    ):
+        np.testing.assert_array_equal(answer["x"], rows(number, 2))
+        for sums in answer["sums"]:
+            np.testing.assert_array_equal(sums, [4 * number] * 2)
+    assert len(model.seen()) < 24
+
+
+def test_results_that_cannot_be_split_turn_batching_off_and_stay_right(client: nos.Client) -> None:
+    model = client.model("fake/batch-lists")
+    model.seen()
+    for _ in range(6):
+        for number, answer in enumerate(
+            answers([model.labelled.submit(rows(number)) for number in range(8)])
+        ):
+            assert answer["version"] == 3
+            np.testing.assert_array_equal(answer["x"], rows(number))
+    model.seen()
+    assert all(
+        not isinstance(item, Exception) for item in answers([model.labelled.submit(rows(1))])
+    )
+    client.unload("fake/batch-lists")
+
+
+def test_batching_can_be_turned_off(client: nos.Client) -> None:
+    model = client.model("fake/batch-off")
+    model.seen()
+    answers([model.submit(rows(number)) for number in range(8)])
+    assert model.seen() == [1] * 8
+
+
+def test_a_model_says_how_it_batches(client: nos.Client) -> None:
+    methods = {method.name: method for method in client.info("fake/batch-four").spec.methods}
+    assert methods["__call__"].batches == ("x",)
+    assert methods["__call__"].max_batch == 4
+    assert methods["__call__"].queue_delay_s == 0.1
+    assert methods["seen"].batches == ()
+    assert "at most 4 rows" in str(client.info("fake/batch-four"))
+
+
+def test_cancelled_members_leave_a_batch_and_the_rest_is_answered(batch: Any) -> None:
+    first = batch.submit(rows(0))
+    futures = [batch.submit(rows(number)) for number in range(1, 12)]
+    for future in futures[::2]:
+        future.cancel()
+    assert isinstance(first.result(), np.ndarray)
+    for number, future in enumerate(futures, start=1):
+        if not future.cancelled():
+            np.testing.assert_array_equal(future.result(), rows(number))
+
+
+class Crowd:
+    """Clients that send again as soon as they are answered, each on a stream of its own."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def run(self, model: str, num_clients: int, seconds: float) -> Load:
+        """Measure for so long, after half a second to settle."""
+        token_file = str(self._server.token_file)
+        load, image = Load(), np.zeros((1, 16), np.float32)
+        async with await nos.AsyncClient.connect(
+            self._server.address, token_file=token_file
+        ) as client:
+            handle = await client.model(model)
+            await handle(image)
+            begin_s = time.perf_counter() + 0.5
+            end_s = begin_s + seconds
+
+            async def one() -> None:
+                async with handle.stream() as stream:
+                    while (sent_s := time.perf_counter()) < end_s:
+                        await stream.send(image)
+                        result = await anext(stream)
+                        if begin_s <= sent_s:
+                            load.times_s.append(time.perf_counter() - sent_s)
+                            load.sizes.append(result.timings.batch_size)
+
+            await asyncio.gather(*(one() for _ in range(num_clients)))
+        load.rate_hz = len(load.times_s) / seconds
+        return load
+
+
+@dataclass
+class Load:
+    times_s: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    rate_hz: float = 0.0
+
+
+@pytest.mark.accept("C6")
+def test_one_client_of_an_emulated_device_is_close_to_its_limit(
+    client: nos.Client, accept: Accept
+) -> None:
+    """Call by call in turn with a model that takes no time, so that a busy machine slows both alike."""
+    image, ratios = np.zeros((1, 16), np.float32), []
+    with client.model("fake/device").stream() as device, client.model("nos/echo").stream() as echo:
+        for _ in range(200):
+            sent_s = time.perf_counter()
+            device.send(image)
+            timings = next(device).timings
+            answered_s = time.perf_counter()
+            echo.send(image)
+            next(echo)
+            round_trip_s = time.perf_counter() - answered_s
+            ratios.append((timings.compute_s + round_trip_s) / (answered_s - sent_s))
+            assert timings.compute_s >= T0_S + ROW_S
+    accept.figure(float(np.median(ratios)), 0.95, "of 1 / (tau(1) + rtt)", at_least=True)
+
+
+@pytest.mark.accept("C6")
+def test_many_clients_of_an_emulated_device_are_close_to_its_limit(
+    server: Server, accept: Accept
+) -> None:
+    """The round trip is that of as many clients of a model that takes no time, in turn."""
+    crowd, num_clients, ratios, sizes = Crowd(server), 64, [], []
+    for _ in range(3):
+        echo = asyncio.run(crowd.run("nos/echo", num_clients, 1.0))
+        device = asyncio.run(crowd.run("fake/device", num_clients, 1.5))
+        limit_s = T0_S + ROW_S * num_clients + float(np.median(echo.times_s))
+        ratios.append(device.rate_hz * limit_s / num_clients)
+        sizes.append(float(np.mean(device.sizes)))
+    what = f"of n / (tau(n) + rtt) at n = {num_clients}, mean batch {np.median(sizes):.0f}"
+    accept.figure(float(np.median(ratios)), 0.90, what, at_least=True)
+
+
+@pytest.mark.accept("A6")
+def test_every_request_of_a_batch_has_one_end_when_its_executor_dies(client: nos.Client) -> None:
+    model = client.model("fake/batch-deadly")
+    model(rows(1))
+    futures = [model.submit(rows(-1 if number == 5 else number)) for number in range(16)]
+    found = answers(futures)
+    lost = [isinstance(answer, errors.ExecutorLostError) for answer in found]
+    assert sum(lost) >= 1, "no executor died"
+    for number, answer in enumerate(found):
+        if not lost[number]:
+            np.testing.assert_array_equal(answer, rows(number))
+    client.unload("fake/batch-deadly")

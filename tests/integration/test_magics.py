@@ -1,0 +1,316 @@
+"""`%nos` in real kernels against a real backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import nos
+import pytest
+from jupyter_client import BlockingKernelClient, KernelManager
+from nbclient import NotebookClient
+
+from tests.browser.lab import isolated
+from tests.servers import FAKE_MODELS, ROOT, Server, wait_for
+
+REPLY_S = 60.0
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a cell did."""
+
+    ok: bool
+    stdout: str = ""
+    stderr: str = ""
+    error: list[str] = field(default_factory=list)
+    bundle: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return str(self.bundle.get("text/plain", ""))
+
+
+class Kernel:
+    """A kernel and the client of a front end."""
+
+    def __init__(self, manager: KernelManager, client: BlockingKernelClient) -> None:
+        self.manager = manager
+        self.client = client
+
+    def run(self, code: str) -> Outcome:
+        outcome = Outcome(ok=False)
+
+        def take(message: dict[str, Any]) -> None:
+            content = message["content"]
+            if message["msg_type"] == "stream":
+                name = content["name"]
+                setattr(outcome, name, getattr(outcome, name) + content["text"])
+            elif message["msg_type"] == "execute_result":
+                outcome.bundle = content["data"]
+            elif message["msg_type"] == "error":
+                outcome.error = content["traceback"]
+
+        reply = self.client.execute_interactive(code, output_hook=take, timeout=REPLY_S)
+        outcome.ok = reply["content"]["status"] == "ok"
+        return outcome
+
+    def good(self, code: str) -> Outcome:
+        outcome = self.run(code)
+        assert outcome.ok, (outcome.error, outcome.stderr)
+        return outcome
+
+    def complete(self, code: str) -> list[str]:
+        reply = self.client.complete(code, len(code), reply=True, timeout=REPLY_S)
+        return list(reply["content"]["matches"])
+
+
+@pytest.fixture(scope="module")
+def make_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Kernel]]:
+    kernels = []
+
+    def make() -> Kernel:
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel(env=isolated(tmp_path_factory.mktemp("kernel")))
+        client = manager.blocking_client()
+        client.start_channels()
+        kernels.append(Kernel(manager, client))
+        client.wait_for_ready(timeout=REPLY_S)
+        return kernels[-1]
+
+    yield make
+    for kernel in kernels:
+        kernel.client.stop_channels()
+        kernel.manager.shutdown_kernel(now=True)
+        kernel.manager.cleanup_resources()
+
+
+@pytest.fixture(scope="module")
+def kernel(make_kernel: Callable[[], Kernel], server: Server) -> Kernel:
+    """A kernel that uses the run's server."""
+    started = make_kernel()
+    started.good("%load_ext nos")
+    started.good(f"%nos connect {server.address} --token-file {server.token_file}")
+    return started
+
+
+@pytest.fixture(scope="module")
+def lonely(make_kernel: Callable[[], Kernel]) -> Kernel:
+    """A kernel that finds no backend."""
+    started = make_kernel()
+    started.good("%load_ext nos")
+    return started
+
+
+ADDER = """%%nos model me/adder
+class Adder:
+    def __call__(self, a: int, b: int = 1) -> int:
+        return a + b"""
+NOTEBOOK = [
+    "%load_ext nos",
+    f"%nos start --models {FAKE_MODELS}",
+    "%nos status",
+    "%nos models",
+    "%nos load nos/digits",
+    "import numpy as np\nimages = np.zeros((3, 8, 8), np.float32)",
+    "%nos run nos/digits {images} -o scores",
+    "assert scores.shape == (3, 10), scores",
+    "%nos info nos/digits",
+    "%nos mem",
+    ADDER,
+    "%nos run me/adder {41} -o answer",
+    "assert answer == 42, answer",
+    "%nos unload nos/digits",
+    "%nos stop",
+    "import sys\nassert 'torch' not in sys.modules",
+]
+WRONG = "%nos bogus"
+
+
+@pytest.mark.accept("G1")
+def test_a_notebook_starts_uses_and_stops_a_backend(tmp_path: Path) -> None:
+    cells = [nbformat.v4.new_code_cell(code) for code in [*NOTEBOOK, WRONG]]
+    cells[-1].metadata["tags"] = ["raises-exception"]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    runner = NotebookClient(notebook, timeout=90, kernel_name="python3")
+    runner.execute(env=isolated(tmp_path))
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "execute_result" or "text/html" in output.data, cell.source
+    said = {cell.source: "".join(map(str, cell.outputs)) for cell in cells}
+    assert "ready" in said["%nos status"]
+    assert "nos/digits" in said["%nos models"]
+    (wrong,) = cells[-1].outputs
+    assert wrong.text.strip() == "UsageError: no command 'bogus'; %nos help lists the commands"
+    assert not list((tmp_path / "nos").rglob("backend.json"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda it: it.stem
+)
+def test_every_example_runs_and_reads_well_as_saved(path: Path, tmp_path: Path) -> None:
+    saved = nbformat.read(path, as_version=4)
+    for cell in saved.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error"
+            if output.output_type in ("execute_result", "display_data"):
+                assert "text/plain" in output.data
+                assert "application/vnd.jupyter.widget-view+json" not in output.data
+    try:
+        NotebookClient(saved, timeout=90, kernel_name="python3").execute(env=isolated(tmp_path))
+    finally:
+        nos.stop(state_dir=tmp_path / "nos")
+
+
+@pytest.mark.accept("G1")
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("%nos load", "required: MODEL. Usage: %nos load [-h] MODEL"),
+        ("%nos run nos/nothing {1}", "nos/nothing"),
+        ("%nos run nos/digits {'a text'}", "images"),
+        ("%nos run nos/digits {undefined}", "{undefined}: NameError"),
+        ("%nos run nos/digits -m nothing", "nothing"),
+        (
+            "%nos load fake/broken-init",
+            "cannot be loaded: OSError: weights are missing. %nos debug",
+        ),
+        ("%nos run fake/raise ValueError text", "ModelError: ValueError: text. %nos debug"),
+        ("%%nos model me/x\nclass A", "the cell does not compile: line 2"),
+        ("%%nos model me/x\na = 1", "the cell defines no class"),
+        ("%%nos model me/x\nclass A: pass\nclass B: pass", "--class NAME"),
+        ("%%nos status\nx", "takes no cell"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(kernel: Kernel, line: str, says: str) -> None:
+    outcome = kernel.run(line)
+    told = (outcome.stderr or "".join(outcome.error)).strip()
+    assert not outcome.ok
+    assert says in told
+    assert "\n" not in told
+
+
+@pytest.mark.accept("G1")
+def test_no_backend_is_said_at_once_with_the_next_step(lonely: Kernel) -> None:
+    begin_s = time.monotonic()
+    (line,) = lonely.run("%nos status").error
+    assert time.monotonic() - begin_s < 5
+    assert "\n" not in line
+    assert "nos.start()" in line or "nos serve" in line
+
+
+def test_completion_never_waits_for_a_backend_that_is_not_there(lonely: Kernel) -> None:
+    lonely.complete("%nos load a")  # the first one loads the other completers
+    begin_s = time.monotonic()
+    assert "nos/digits" not in lonely.complete("%nos load nos/")
+    assert time.monotonic() - begin_s < 5
+
+
+@pytest.mark.accept("G1")
+def test_models_and_commands_complete(kernel: Kernel) -> None:
+    wait_for(lambda: kernel.complete("%nos load nos/di") == ["nos/digits"], "the name is offered")
+    assert kernel.complete("%nos sta") == ["start", "status"]
+
+
+def test_results_are_objects_with_html_and_text(kernel: Kernel) -> None:
+    outcome = kernel.good("models = %nos models nos/\nmodels")
+    assert {"text/plain", "text/html"} <= set(outcome.bundle)
+    assert kernel.good("[model.name for model in models]").text.startswith("['nos/digits'")
+
+
+@pytest.mark.parametrize("line", ["%nos status", "%nos models", "%nos info nos/echo", "%nos mem"])
+def test_the_text_of_a_result_is_for_people_too(kernel: Kernel, line: str) -> None:
+    bundle = kernel.good(line).bundle
+    assert "<table" in bundle["text/html"]
+    assert "=" not in bundle["text/plain"].partition("\n")[0]
+
+
+def test_loaded_models_are_told_from_the_others(kernel: Kernel) -> None:
+    def loaded() -> str:
+        return kernel.good("%nos models nos/ --loaded").text
+
+    kernel.good("%nos load nos/edges")
+    wait_for(lambda: "nos/edges" in loaded(), "the model counts as loaded")
+    kernel.good("%nos unload nos/edges")
+    wait_for(lambda: "nos/edges" not in loaded(), "the model no longer counts as loaded")
+
+
+def test_a_cell_is_the_first_argument_of_run(kernel: Kernel) -> None:
+    kernel.good("%%nos run nos/echo -o heard\nhello {name} $5")
+    assert kernel.good("heard").text == "'hello {name} $5'"
+
+
+def test_a_redefined_cell_answers_with_its_new_code(kernel: Kernel) -> None:
+    cell = (
+        "%%nos model me/constant\nclass Constant:\n    def __call__(self) -> int:\n        return "
+    )
+    for number in (1, 2):
+        kernel.good(f"{cell}{number}")
+        kernel.good("%nos run me/constant -o number")
+        assert kernel.good("number").text == str(number)
+
+
+def test_a_models_error_is_one_line_and_its_traceback_counts_the_cells_lines(
+    kernel: Kernel,
+) -> None:
+    kernel.good(
+        "%%nos model me/raises\nclass Raises:\n    def __call__(self) -> int:\n        return 1 // 0"
+    )
+    outcome = kernel.run("%nos run me/raises")
+    (line,) = outcome.error
+    assert "ModelError" in line
+    assert "ZeroDivisionError" in line
+    traceback = kernel.good("%nos debug").text
+    assert "line 4, in __call__" in traceback
+    assert "<cell " in traceback
+
+
+def test_interrupting_ends_the_call_and_leaves_the_kernel_usable(
+    kernel: Kernel, client: nos.Client
+) -> None:
+    def running() -> int:
+        return sum(worker.num_running for worker in client.status().workers)
+
+    request = kernel.client.execute("%nos run fake/slow-alone {3.0}")
+    wait_for(running, "the model runs")
+    kernel.manager.interrupt_kernel()
+    interrupted_s = time.monotonic()
+    while (reply := kernel.client.get_shell_msg(timeout=20))["parent_header"]["msg_id"] != request:
+        pass
+    assert time.monotonic() - interrupted_s < 2
+    assert reply["content"]["ename"] == "KeyboardInterrupt"
+    assert reply["content"]["traceback"] == [
+        "KeyboardInterrupt: interrupted; the call is cancelled"
+    ]
+    kernel.good("%nos run nos/echo {1}")
+
+
+@pytest.mark.accept("G1")
+def test_loading_the_extension_twice_changes_nothing(kernel: Kernel) -> None:
+    kernel.good("%reload_ext nos")
+    kernel.good("%load_ext nos")
+    assert "ready" in kernel.good("%nos").text
+
+
+def test_help_lists_the_commands(kernel: Kernel) -> None:
+    text = kernel.good("%nos help").stdout
+    assert "join this user's backend" in text
+    assert "-o NAME" in kernel.good("%nos help run").stdout
+
+
+def test_a_load_that_takes_time_says_so_in_one_line_that_is_updated(kernel: Kernel) -> None:
+    updates: list[str] = []
+
+    def take(message: dict[str, Any]) -> None:
+        if message["msg_type"] in ("display_data", "update_display_data"):
+            updates.append(message["content"]["data"]["text/plain"])
+
+    kernel.client.execute_interactive("%nos load fake/slow-load", output_hook=take, timeout=REPLY_S)
+    kernel.good("%nos unload fake/slow-load")
+    assert len(updates) > 3
+    assert updates[0].startswith("loading fake/slow-load ... ")
+    assert updates[-1].startswith("loading fake/slow-load done ")

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+from nos.errors import ConfigError
+from nos_backend.config import load_settings, unknown_variables
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in ("NOS_PORT", "NOS_HOST", "NOS_STATE_DIR", "NOS_MODELS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path, monkeypatch):
+    config = tmp_path / "nos.toml"
+    config.write_text('port = 1\nworkers = 1\nlog_level = "debug"\n')
+    monkeypatch.setenv("NOS_PORT", "2")
+    monkeypatch.setenv("NOS_WORKERS", "2")
+    settings = load_settings({"port": "3"}, config)
+    assert (settings.port, settings.workers, settings.log_level) == (3, 2, "debug")
+
+
+def test_sizes_are_written_as_people_write_them():
+    assert load_settings({"capacity_bytes": "8GiB"}).capacity_bytes == 8 << 30
+
+
+def test_folders_of_models_come_from_several_flags_or_one_variable(tmp_path, monkeypatch):
+    assert load_settings({"models": [str(tmp_path), str(tmp_path)]}).models == [tmp_path, tmp_path]
+    monkeypatch.setenv("NOS_MODELS", f"{tmp_path}:{tmp_path}")
+    assert load_settings({}).models == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"port": "abc"}, "bad --port: expected a valid integer.*got 'abc'"),
+        ({"port": "70000"}, "bad --port: expected less than or equal to 65535, got '70000'"),
+        ({"device": "gpu"}, "bad --device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({"log_level": "loud"}, "bad --log-level: expected 'debug', 'info'.*got 'loud'"),
+        ({"host": "0.0.0.0"}, "bad --host: expected a loopback address.*got '0.0.0.0'"),
+        ({"scheduler": "tcp://10.0.0.1:8786"}, "bad --scheduler: .*got 'tcp://10.0.0.1:8786'"),
+        ({"models": ["/no/where"]}, "bad --models: expected an existing folder, got '/no/where'"),
+        ({"capacity_bytes": "lots"}, "bad --capacity-bytes: .*got 'lots'"),
+        ({"capacity_bytes": "0"}, "bad --capacity-bytes: expected greater than 0, got '0'"),
+        ({"host_bytes": "0"}, "bad --host-bytes: expected greater than 0, got '0'"),
+        ({"eviction": "random"}, "bad --eviction: expected 'lru', 'fifo', 'lfu' or 'gdsf', got"),
+        ({"max_models": "-1"}, "bad --max-models: .*got '-1'"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence(flags, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_settings(flags)
+
+
+def test_a_bad_variable_is_named_as_a_variable(monkeypatch):
+    monkeypatch.setenv("NOS_PORT", "x")
+    with pytest.raises(ConfigError, match="bad NOS_PORT: expected a valid integer"):
+        load_settings({})
+
+
+def test_a_misspelt_key_of_a_file_names_the_file_and_the_right_key(tmp_path):
+    config = tmp_path / "nos.toml"
+    config.write_text("prot = 1\n")
+    with pytest.raises(
+        ConfigError, match=r"unknown setting prot in .*nos.toml. Did you mean port\?"
+    ):
+        load_settings({}, config)
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the settings file: got .*No such file"):
+        load_settings({}, tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_text("port = = 1")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_settings({}, tmp_path / "bad.toml")
+
+
+def test_unknown_variables_are_reported_and_known_ones_are_not():
+    names = ["NOS_PROT", "NOS_PORT", "NOS_ADDRESS", "NOS_WORKER_DEVICE", "PATH"]
+    assert unknown_variables(names) == [
+        "unknown variable NOS_PROT is ignored. Did you mean NOS_PORT?"
+    ]

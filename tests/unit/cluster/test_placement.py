@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+from nos_backend.scheduling.placement import Refusal, WorkerLoad, choose_worker
+
+CPU = WorkerLoad(address="cpu", device="cpu")
+GPU = WorkerLoad(address="gpu", device="cuda:0", capacity_bytes=1000)
+
+
+def load(address: str, **facts: object) -> WorkerLoad:
+    return WorkerLoad(address=address, device="cpu", capacity_bytes=1000, **facts)  # type: ignore[arg-type]
+
+
+def chosen(workers: list[WorkerLoad], device: str = "auto", need_bytes: int = 100) -> str:
+    choice = choose_worker("m@v1", device, need_bytes, workers)
+    assert isinstance(choice, WorkerLoad)
+    return choice.address
+
+
+def test_the_worker_that_has_the_model_wins():
+    busy = load("has", num_pending=9, num_models=5, keys=frozenset({"m@v1"}))
+    assert chosen([load("idle"), busy]) == "has"
+
+
+def test_a_worker_with_room_beats_an_idle_one_without():
+    assert chosen([load("full", used_bytes=950), load("roomy", num_pending=3)]) == "roomy"
+
+
+def test_the_least_loaded_of_those_with_room_wins():
+    assert chosen([load("a", num_pending=2), load("b"), load("c", num_pending=1)]) == "b"
+    assert chosen([load("a", num_models=2), load("b", num_models=1)]) == "b"
+
+
+def test_a_full_worker_is_chosen_if_no_other_has_room():
+    assert chosen([load("a", used_bytes=990), load("b", used_bytes=950)]) == "b"
+
+
+def test_auto_prefers_cuda_and_a_device_is_kept():
+    assert chosen([CPU, GPU]) == "gpu"
+    assert chosen([CPU, GPU], "cpu") == "cpu"
+    assert chosen([CPU, GPU], "cuda") == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "need_bytes", "refusal"),
+    [
+        ([], "auto", 1, Refusal.NO_WORKER),
+        ([CPU], "cuda", 1, Refusal.NO_DEVICE),
+        ([GPU], "auto", 1001, Refusal.NO_ROOM),
+    ],
+)
+def test_refusals_say_why(workers, device, need_bytes, refusal):
+    assert choose_worker("m@v1", device, need_bytes, workers) is refusal

@@ -1,0 +1,250 @@
+"""Exact decisions of the device queue: event in, actions out."""
+
+from __future__ import annotations
+
+import pytest
+from nos.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    ExecutorLostError,
+    LoadError,
+    OverloadedError,
+    UnavailableError,
+)
+from nos_backend.scheduling.device_queue import (
+    Action,
+    CancelCall,
+    DeviceQueue,
+    Drained,
+    End,
+    Held,
+    KillExecutor,
+    Refuse,
+    Request,
+    Start,
+)
+
+
+def queue(grants: int = 1, **limits: int) -> DeviceQueue:
+    made = DeviceQueue(max_concurrent_batches=grants, **limits)
+    made.open_model("a", "x", now_s=0, call_timeout_s=10)
+    made.open_model("b", "y", now_s=0, call_timeout_s=10)
+    return made
+
+
+def request(
+    id: int,
+    model: str = "a",
+    tenant: str = "t",
+    size_bytes: int = 0,
+    deadline_s: float | None = None,
+    *,
+    may_wait: bool = False,
+) -> Request:
+    return Request(
+        id=id,
+        model=model,
+        tenant=tenant,
+        size_bytes=size_bytes,
+        deadline_s=deadline_s,
+        may_wait=may_wait,
+    )
+
+
+def started(actions: list[Action]) -> list[int]:
+    return [item.batch.requests[0].id for item in actions if isinstance(item, Start)]
+
+
+def batch_id(actions: list[Action]) -> int:
+    return next(item.batch.id for item in actions if isinstance(item, Start))
+
+
+def errors(actions: list[Action]) -> dict[int, type[Exception]]:
+    return {
+        item.request_id: type(item.error)
+        for item in actions
+        if isinstance(item, End | Refuse) and item.error is not None
+    }
+
+
+def test_a_request_for_an_idle_executor_starts_at_once() -> None:
+    assert started(queue().arrive(request(1), now_s=0)) == [1]
+
+
+def test_grants_are_never_exceeded() -> None:
+    one, two = queue(1), queue(2)
+    for made in (one, two):
+        made.arrive(request(1, "a"), now_s=0)
+    assert started(one.arrive(request(2, "b"), now_s=0)) == []
+    assert started(two.arrive(request(2, "b"), now_s=0)) == [2]
+
+
+def test_an_executor_runs_one_batch_at_a_time() -> None:
+    made = queue(2)
+    first = made.arrive(request(1), now_s=0)
+    assert started(made.arrive(request(2), now_s=0)) == []
+    assert started(made.finish(batch_id(first), "x", now_s=1)) == [2]
+
+
+def test_finish_tells_to_deliver_the_result() -> None:
+    made = queue()
+    first = made.arrive(request(1), now_s=0)
+    assert made.finish(batch_id(first), "x", now_s=1) == [End(1, None)]
+    assert made.finish(batch_id(first), "x", now_s=1) == []
+
+
+@pytest.mark.accept("A5")
+def test_a_saturated_lane_and_its_neighbours_take_turns() -> None:
+    made = queue()
+    actions = made.arrive(request(1), now_s=0)
+    for index in range(2, 7):
+        made.arrive(request(index), now_s=0)
+    made.arrive(request(7, "b"), now_s=0)
+    made.arrive(request(8, "a", tenant="u"), now_s=0)
+    made.arrive(request(9, "b"), now_s=0)
+    order = []
+    while started(actions):
+        order += started(actions)
+        batch = next(item.batch for item in actions if isinstance(item, Start))
+        actions = made.finish(batch.id, batch.executor, now_s=0)
+    assert order == [1, 7, 8, 2, 9, 3, 4, 5, 6]
+
+
+def test_two_lanes_that_come_straight_back_do_not_starve_a_third() -> None:
+    made = queue()
+    made.open_model("c", "z", now_s=0)
+    actions = made.arrive(request(1, "a"), now_s=0)
+    for index in range(100, 120):
+        made.arrive(request(index, "c"), now_s=0)
+    made.arrive(request(2, "b"), now_s=0)
+    served = []
+    for index in range(3, 33):
+        batch = next(item.batch for item in actions if isinstance(item, Start))
+        served.append(batch.model)
+        actions = made.finish(batch.id, batch.executor, now_s=0)
+        if batch.model != "c":
+            made.arrive(request(index, batch.model), now_s=0)
+    assert served.count("c") == 10
+
+
+def test_full_queue_refuses_the_next_request() -> None:
+    made = queue(max_queued=2)
+    for index in range(1, 4):
+        assert not errors(made.arrive(request(index), now_s=0))
+    assert errors(made.arrive(request(4), now_s=0)) == {4: OverloadedError}
+    assert not errors(made.arrive(request(5, "b"), now_s=0))
+
+
+def test_a_request_whose_sender_waits_for_it_is_admitted_to_a_full_queue() -> None:
+    made = queue(max_queued=2)
+    for index in range(1, 4):
+        made.arrive(request(index), now_s=0)
+    assert not errors(made.arrive(request(4, may_wait=True), now_s=0))
+    assert errors(made.arrive(request(5), now_s=0)) == {5: OverloadedError}
+
+
+def test_queued_bytes_are_bounded_but_one_larger_request_passes_alone() -> None:
+    made = queue(max_queued_bytes=100)
+    made.arrive(request(1), now_s=0)
+    assert not errors(made.arrive(request(2, size_bytes=1000), now_s=0))
+    assert errors(made.arrive(request(3, size_bytes=1), now_s=0)) == {3: OverloadedError}
+
+
+def test_a_refusal_says_when_to_come_back() -> None:
+    made = queue(max_queued=2)
+    first = made.arrive(request(1), now_s=0)
+    made.finish(batch_id(first), "x", now_s=0.5)
+    for index in range(2, 5):
+        made.arrive(request(index), now_s=1)
+    (refusal,) = made.arrive(request(5), now_s=1)
+    assert isinstance(refusal, Refuse)
+    assert refusal.error.retry_after_s == pytest.approx(1.0)
+
+
+def test_a_request_past_its_deadline_never_runs() -> None:
+    made = queue()
+    first = made.arrive(request(1), now_s=0)
+    made.arrive(request(2, deadline_s=1), now_s=0)
+    assert made.next_wake_s() == 1
+    assert errors(made.tick(now_s=1)) == {2: DeadlineExceededError}
+    assert made.finish(batch_id(first), "x", now_s=2) == [End(1, None)]
+
+
+def test_a_deadline_in_the_run_ends_the_request_but_not_the_executor() -> None:
+    made = queue()
+    first = made.arrive(request(1, deadline_s=1), now_s=0)
+    actions = made.tick(now_s=1)
+    assert errors(actions) == {1: DeadlineExceededError}
+    assert CancelCall(1, "x") in actions
+    assert made.num_running == 1
+    assert made.finish(batch_id(first), "x", now_s=2) == []
+    assert made.num_running == 0
+
+
+def test_a_cancelled_waiting_request_never_runs() -> None:
+    made = queue()
+    first = made.arrive(request(1), now_s=0)
+    made.arrive(request(2), now_s=0)
+    assert errors(made.cancel(2, now_s=0)) == {2: CancelledError}
+    assert started(made.finish(batch_id(first), "x", now_s=1)) == []
+    assert made.cancel(2, now_s=2) == []
+
+
+def test_a_call_over_its_time_ends_its_executor() -> None:
+    made = queue()
+    made.arrive(request(1), now_s=0)
+    made.arrive(request(2), now_s=0)
+    assert made.next_wake_s() == 10
+    actions = made.tick(now_s=10)
+    assert errors(actions) == {1: DeadlineExceededError}
+    assert [item.executor for item in actions if isinstance(item, KillExecutor)] == ["x"]
+    assert made.tick(now_s=11) == []
+    assert made.executor_lost("x", "signal 9", now_s=11) == []
+    assert started(made.open_model("a", "x", now_s=12)) == [2]
+
+
+@pytest.mark.accept("A6")
+def test_a_lost_executor_fails_what_ran_and_keeps_what_waited_once() -> None:
+    made = queue()
+    made.arrive(request(1), now_s=0)
+    made.arrive(request(2), now_s=0)
+    made.arrive(request(3), now_s=0)
+    assert errors(made.executor_lost("x", "signal 9", now_s=1)) == {1: ExecutorLostError}
+    assert started(made.open_model("a", "x", now_s=2)) == [2]
+    lost = made.executor_lost("x", "signal 9", now_s=3)
+    assert errors(lost) == {2: ExecutorLostError, 3: ExecutorLostError}
+
+
+def test_a_lost_executor_frees_its_grant_for_others() -> None:
+    made = queue()
+    made.arrive(request(1, "a"), now_s=0)
+    made.arrive(request(2, "b"), now_s=0)
+    assert started(made.executor_lost("x", "signal 9", now_s=1)) == [2]
+
+
+def test_a_held_executor_starts_nothing_until_released() -> None:
+    made = queue()
+    first = made.arrive(request(1), now_s=0)
+    made.arrive(request(2), now_s=0)
+    assert made.hold("x", now_s=0) == []
+    assert made.finish(batch_id(first), "x", now_s=1) == [End(1, None), Held("x")]
+    assert started(made.release("x", now_s=2)) == [2]
+    assert made.hold("y", now_s=2) == [Held("y")]
+
+
+def test_a_draining_model_admits_nothing_and_says_when_it_is_empty() -> None:
+    made = queue()
+    first = made.arrive(request(1), now_s=0)
+    assert made.drain("a", now_s=0) == []
+    assert errors(made.arrive(request(2), now_s=0)) == {2: UnavailableError}
+    assert made.finish(batch_id(first), "x", now_s=1) == [End(1, None), Drained("a")]
+    assert made.drain("b", now_s=1) == [Drained("b")]
+
+
+def test_closing_a_model_ends_what_waits_for_it() -> None:
+    made = queue()
+    first = made.arrive(request(1), now_s=0)
+    made.arrive(request(2), now_s=0)
+    assert errors(made.close_model("a", LoadError("gone"), now_s=0)) == {2: LoadError}
+    assert made.finish(batch_id(first), "x", now_s=1) == [End(1, None)]
+    assert errors(made.arrive(request(3), now_s=1)) == {3: UnavailableError}
