@@ -22,7 +22,7 @@ START_S = 60.0
 STOP_S = 30.0
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     """Poll until `condition` gives something true, and return that.
 
     Raises:

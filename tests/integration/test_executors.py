@@ -495,7 +495,7 @@ async def test_processes_that_a_model_started_end_with_it(forkserver: ForkServer
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - other processes make it true
             await asyncio.sleep(0.01)
 

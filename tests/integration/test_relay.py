@@ -58,7 +58,7 @@ def test_closed_generator_ends_at_the_model(relayed, tmp_path):
     items = relayed.model("fake/stream").tell_end(str(tmp_path / "end"))
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     items.close()
-    wait_for((tmp_path / "end").exists, "the generator's finally ran", 5)
+    wait_for((tmp_path / "end").exists, "the generator's finally ran", 30)
 
 
 def test_lost_executor_costs_its_frame_and_the_stream_goes_on(relayed):
@@ -82,8 +82,8 @@ def test_lost_worker_is_a_typed_error_at_once_and_another_takes_over(tmp_path):
             os.kill(pid, signal.SIGKILL)
             start_s = time.monotonic()
             with pytest.raises(UnavailableError):
-                call.result(10)
-            assert time.monotonic() - start_s < 2.0
+                call.result(30)
+            assert time.monotonic() - start_s < 10
 
             def answers():
                 try:

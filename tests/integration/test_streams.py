@@ -261,7 +261,7 @@ def test_closing_a_stream_withdraws_its_frames(via):
             stream.send(0.5)
     start_s = time.monotonic()
     assert model(0.0) == 0.0
-    assert time.monotonic() - start_s < 1.5
+    assert time.monotonic() - start_s < 3.5
 
 
 @pytest.mark.accept("A9")
