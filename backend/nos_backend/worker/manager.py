@@ -24,17 +24,19 @@ from nos.wire.v1 import models_pb2
 from nos_backend.executor.host_memory import host_memory_bytes
 from nos_backend.scheduling.residency import Footprint
 from nos_backend.worker.dispatch import Dispatcher, Request
-from nos_backend.worker.entries import CRASH_WINDOW_S, MAX_CRASHES, Entry, Slot
+from nos_backend.worker.entries import CRASH_WINDOW_S, MAX_CRASHES, Entry
 from nos_backend.worker.host_store import HostStore
 from nos_backend.worker.inputs import Input
 from nos_backend.worker.launcher import Launcher
 from nos_backend.worker.loader import Loader
 from nos_backend.worker.memory import DeviceMemory, MemoryOptions, Transition
+from nos_backend.worker.slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
     from nos_backend.definition import ModelDefinition
+    from nos_backend.worker.entries import Slot
     from nos_backend.worker.executors import Executor
 
 __all__ = ["ModelManager", "Request"]
@@ -111,7 +113,13 @@ class ModelManager:
         self._loader = Loader(self._launcher, self._store, self._evicted, self._memory.note_parked)
         self._on_event = on_event
         self._entries: dict[str, Entry] = {}
-        self._slots: dict[str, Slot] = {}
+        self._slots = Slots(
+            device,
+            self._launcher,
+            self._dispatcher,
+            on_started=lambda name: self._on_event("executor-started", "", name),
+            on_lost=self._on_lost,
+        )
         #: Work of our own: loads and restarts.
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_draining = False
@@ -150,14 +158,14 @@ class ModelManager:
             await asyncio.shield(entry.gone)
             entry = self._entries.get(definition.key)
         if entry is None:
-            slot = self._slot_for(definition, is_isolated=False)
+            slot = self._slots.place(definition, is_isolated=False)
             spec = models_pb2.ModelSpec.FromString(definition.spec)
             entry = Entry(definition, spec, slot, self._loop.create_future())
             self._entries[entry.key] = entry
             self._spawn(self._load_new(entry), f"load {entry.key}")
         elif entry.error is not None and not isinstance(entry.error, QuarantinedError):
             entry.error, entry.ready = None, self._loop.create_future()
-            entry.slot = self._slot_for(definition, is_isolated=entry.is_isolated)
+            entry.slot = self._slots.place(definition, is_isolated=entry.is_isolated)
             self._spawn(self._load_new(entry), f"load {entry.key}")
         await asyncio.shield(entry.ready)
         if entry.error is not None:
@@ -203,7 +211,7 @@ class ModelManager:
             "used_bytes": self._memory.used_bytes,
             "num_queued": self._dispatcher.num_queued,
             "num_running": self._dispatcher.num_running,
-            "num_executors": sum(slot.executor is not None for slot in self._slots.values()),
+            "num_executors": len(self._slots.pids()),
             "host_bytes": self._store.used_bytes,
             "models": [self._status_of(entry) for entry in self._entries.values()],
         }
@@ -233,7 +241,7 @@ class ModelManager:
 
     def executor_pids(self) -> dict[str, int]:
         """Return the process of each executor that lives, by its slot's name."""
-        return {name: slot.executor.pid for name, slot in self._slots.items() if slot.executor}
+        return self._slots.pids()
 
     async def drain(self, grace_s: float) -> None:
         """Admit nothing more, and wait for the work in flight, but not longer than that."""
@@ -258,10 +266,7 @@ class ModelManager:
                 self._fail(entry, error)
             if entry.gone is not None and not entry.gone.done():
                 entry.gone.set_result(None)
-        executors = [slot.executor for slot in self._slots.values() if slot.executor]
-        for slot in self._slots.values():
-            slot.executor = None
-        await asyncio.gather(*(executor.close() for executor in executors))
+        await asyncio.gather(*(executor.close() for executor in self._slots.take_all()))
         await self._loader.close()
         await self._launcher.close()
 
@@ -274,22 +279,6 @@ class ModelManager:
         if entry.error is not None:
             raise entry.error
         return entry
-
-    def _slot_for(self, definition: ModelDefinition, *, is_isolated: bool) -> Slot:
-        if definition.device == "cuda" and self.device == "cpu":
-            raise LoadError(
-                f"{definition.key} wants a GPU and this worker has none",
-                "device",
-                "a cuda device",
-                self.device,
-            )
-        device = "cpu" if definition.device == "cpu" else self.device
-        name = definition.owner
-        if is_isolated or definition.isolation == "process":
-            name = f"{name}/{definition.key}"
-        if device != self.device:
-            name = f"{name}@{device}"
-        return self._slots.setdefault(name, Slot(name, device))
 
     async def _load_new(self, entry: Entry) -> None:
         key, started_s = entry.key, self._loop.time()
@@ -332,10 +321,9 @@ class ModelManager:
 
     def _isolate(self, entry: Entry) -> None:
         entry.is_isolated = True
-        before, entry.slot = entry.slot, self._slot_for(entry.definition, is_isolated=True)
-        is_used = any(item.slot is before for item in self._entries.values())
-        if not is_used and before.executor is None and not before.lock.locked():
-            self._slots.pop(before.name, None)
+        before, entry.slot = entry.slot, self._slots.place(entry.definition, is_isolated=True)
+        if not any(item.slot is before for item in self._entries.values()):
+            self._slots.drop_if_idle(before)
 
     def _check_size(self, entry: Entry) -> None:
         size_bytes, capacity_bytes = entry.spec.weight_bytes, self.capacity_bytes
@@ -374,7 +362,7 @@ class ModelManager:
             slot = entry.slot
             async with slot.lock:
                 await self._promote_scratch(entry, slot)
-                executor = await self._idle_executor(slot)
+                executor = await self._slots.idle_executor(slot)
                 slot.loading = entry
                 try:
                     moved_bytes = await self._loader.serve(entry, executor)
@@ -383,7 +371,7 @@ class ModelManager:
                     if entry.error is not None:
                         raise entry.error from error
                     if entry.is_isolated:
-                        entry.slot = self._slot_for(entry.definition, is_isolated=True)
+                        entry.slot = self._slots.place(entry.definition, is_isolated=True)
                     continue
                 except LoadError as error:
                     if isinstance(error.__cause__, TimeoutError):
@@ -410,13 +398,11 @@ class ModelManager:
         if not slot.name.startswith(f"{entry.definition.owner}/"):
             return
         if slot.executor is not None and not entry.is_movable:
-            executor, slot.executor = slot.executor, None
-            self._dispatcher.detach(slot.name)
-            await executor.close()
+            await self._slots.clear(slot)
         if slot.executor is None:
             scratch = self._loader.take_scratch(entry)
             if scratch is not None:
-                self._attach(slot, scratch)
+                self._slots.attach(slot, scratch)
 
     async def _take_off(self, key: str) -> int:
         """Take a model off the device; see `DeviceMemory`."""
@@ -475,41 +461,10 @@ class ModelManager:
         gone.set_result(None)
         self._on_event("unloaded", key, "")
 
-    async def _idle_executor(self, slot: Slot) -> Executor:
-        """Return the slot's living executor once it is idle; it gets no call until `release`."""
-        while True:
-            executor = await self._executor(slot)
-            await self._dispatcher.hold(slot.name)
-            if slot.executor is executor:  # else the call that it ran took it down
-                return executor
-
-    async def _executor(self, slot: Slot) -> Executor:
-        """Return the slot's living executor, started if need be."""
-        if slot.executor is None:
-            self._attach(slot, await self._launcher.start(slot.name, slot.device))
-        if slot.executor is None:
-            raise ExecutorLostError(f"executor {slot.name} ended at once")
-        return slot.executor
-
-    def _attach(self, slot: Slot, executor: Executor) -> None:
-        slot.executor = executor
-        self._dispatcher.attach(slot.name, executor)
-        executor.closed.add_done_callback(
-            lambda closed: self._on_lost(slot.name, executor, closed.result())
-        )
-        self._on_event("executor-started", "", executor.name)
-
     async def _end_if_empty(self, slot: Slot) -> None:
         """End the executor of a slot that has no model left, whose lock the caller holds."""
-        here = [item for item in self._entries.values() if item.slot is slot]
-        if any(item.error is None for item in here):
-            return
-        if not here:
-            self._slots.pop(slot.name, None)
-        executor, slot.executor = slot.executor, None
-        if executor is not None:
-            self._dispatcher.detach(slot.name)
-            await executor.close()
+        here = (item for item in self._entries.values() if item.slot is slot)
+        await self._slots.end_if_empty(slot, here)
 
     def _fail(self, entry: Entry, error: NosError) -> None:
         entry.error = error
@@ -584,7 +539,7 @@ class ModelManager:
         """Bring a lost executor's models back; each that must be alone into a slot of its own."""
         for entry in returning:
             if entry.error is None:
-                entry.slot = self._slot_for(entry.definition, is_isolated=entry.is_isolated)
+                entry.slot = self._slots.place(entry.definition, is_isolated=entry.is_isolated)
                 self._spawn(self._return(entry), f"return {entry.key}")
         async with slot.lock:
             await self._end_if_empty(slot)
