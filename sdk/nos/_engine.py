@@ -124,10 +124,11 @@ class Engine:
         *,
         is_shared: bool = False,
         flow: Flow | None = None,
+        pause_s: float = 0.0,
     ) -> Link:
-        """Open a stream of its own to a model version."""
+        """Open a stream of its own to a model version; see `Link`."""
         with self._lock:
-            return self._open_link(key, on_end, is_shared=is_shared, flow=flow)
+            return self._open_link(key, on_end, is_shared=is_shared, flow=flow, pause_s=pause_s)
 
     def routes(self) -> dict[str, str]:
         """Return which way each open stream goes."""
@@ -186,6 +187,7 @@ class Engine:
         *,
         is_shared: bool,
         flow: Flow | None = None,
+        pause_s: float = 0.0,
     ) -> Link:
         self._check_open()
 
@@ -202,6 +204,7 @@ class Engine:
             ended,
             is_shared=is_shared,
             flow=flow,
+            pause_s=pause_s,
         )
         self._all_links[link] = key
         link.start()

@@ -211,6 +211,7 @@ class Link:
         on_end: Told once, in the link's thread, with the frames that were never sent and the reason.
         is_shared: Whether it may be closed when idle.
         flow: What becomes of frames for which there is no room, and in which order results come.
+        pause_s: How long it waits before it opens.
     """
 
     def __init__(
@@ -221,8 +222,12 @@ class Link:
         *,
         is_shared: bool = True,
         flow: Flow | None = None,
+        pause_s: float = 0.0,
     ) -> None:
         self._flow = flow or Flow()
+        self._pause_s = pause_s
+        #: Set when it is closed, to end the pause.
+        self._closed = threading.Event()
         self.name = name
         self._find_route = find_route
         self._on_end = on_end
@@ -241,6 +246,7 @@ class Link:
         self._was_welcomed = False
         self._is_half_closed = False
         self._opened_s = self._used_s = time.monotonic()
+        self._ended_s: float | None = None
         self._renew_at_s = 0.0
         #: How it goes; None until it is known.
         self.route: Route | None = None
@@ -255,6 +261,16 @@ class Link:
     def takes_frames(self) -> bool:
         """Whether a frame may be submitted."""
         return not (self._is_over or self._session.is_closing or self._is_half_closed)
+
+    @property
+    def was_welcomed(self) -> bool:
+        """Whether the server ever accepted the stream."""
+        return self._was_welcomed
+
+    @property
+    def served_s(self) -> float:
+        """How long the server has accepted it, or had when it ended."""
+        return (self._ended_s or time.monotonic()) - self._opened_s if self._was_welcomed else 0.0
 
     @property
     def num_pending(self) -> int:
@@ -317,6 +333,7 @@ class Link:
             stream = self._stream
             unsent = list(self._waiting)
             self._waiting.clear()
+        self._closed.set()
         for call in unsent:
             call.fail(error)
         if stream is not None:
@@ -367,6 +384,8 @@ class Link:
     def _run(self) -> None:
         route: Route | None = None
         error: NosError = StreamClosedError("the stream was closed")
+        if self._pause_s:
+            self._closed.wait(self._pause_s)
         for _ in range(_MAX_ATTEMPTS):
             try:
                 route = self._find_route(route)
@@ -504,6 +523,7 @@ class Link:
     def _finish(self, error: NosError) -> None:
         with self._lock:
             self._is_over = True
+            self._ended_s = time.monotonic()
             self._stream = None
             error = self._reason or error
             waiting = list(self._waiting)

@@ -363,6 +363,10 @@ class Stream:
     end. Or one thread sends while another receives: then iterating ends after `finish()`. Memory is
     bounded by the server's window for frames and by `max_pending` for results that nobody takes.
 
+    It outlives a worker, a gateway or a connection that is lost: frames that were sent end in an
+    `UnavailableError`, and those that follow go to whoever serves the model next. It breaks, and says so to
+    sender and receiver, when nobody does for 30 s.
+
     Args:
         method: What runs on each frame.
         engine: Carries it.
