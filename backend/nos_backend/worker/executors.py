@@ -13,24 +13,17 @@ import itertools
 import logging
 import os
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from nos.errors import (
-    CancelledError,
     ExecutorLostError,
     InternalError,
-    InvalidRequestError,
-    InvalidTensorError,
     LimitExceededError,
     LoadError,
-    MethodNotFoundError,
-    ModelError,
-    ModelNotFoundError,
     NosError,
     OutOfDeviceMemoryError,
     OverloadedError,
-    UnavailableError,
 )
 
 from nos_backend.executor.arena import DEFAULT_ARENA_BYTES, Arena, ArenaFullError
@@ -42,7 +35,19 @@ from nos_backend.executor.messages import (
     check_node,
     encode,
 )
+from nos_backend.worker.blocks import Block, Blocks
 from nos_backend.worker.processes import START_TIMEOUT_S, ForkServer, ProcessRequest, make_process
+from nos_backend.worker.replies import (
+    NO_BYTES,
+    NO_LEASE,
+    TRACEBACK_TAIL_LINES,
+    Constructed,
+    Lease,
+    LoadedModel,
+    Reply,
+    to_error,
+    to_load_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +55,7 @@ if TYPE_CHECKING:
     from nos_backend.definition import ModelDefinition
     from nos_backend.worker.processes import Process
 
-__all__ = ["Block", "Constructed", "Executor", "ForkServer", "LoadedModel", "Reply"]
+__all__ = ["Block", "Blocks", "Constructed", "Executor", "ForkServer", "LoadedModel", "Reply"]
 
 logger = logging.getLogger(__name__)
 #: What models print.
@@ -62,152 +67,11 @@ _CLOSE_TIMEOUT_S: Final = 2.0
 _LOG_READ_BYTES: Final = 1 << 16
 #: Freed output that is not announced yet; more of it is announced at once.
 _LAZY_FREE_BYTES: Final = 64 << 20
-_TRACEBACK_TAIL_LINES: Final = 3
 _FULL_PIPE_S: Final = 0.005
 _REASON_CHARS: Final = 300
 
 #: What comes of taking apart a message that is not as it should be.
 _NONSENSE: Final = (AttributeError, KeyError, MalformedError, OverflowError, TypeError, ValueError)
-#: Errors that an executor may report.
-_ERRORS: Final[dict[str, type[NosError]]] = {
-    "INVALID_REQUEST": InvalidRequestError,
-    "INVALID_TENSOR": InvalidTensorError,
-    "MODEL_NOT_FOUND": ModelNotFoundError,
-    "METHOD_NOT_FOUND": MethodNotFoundError,
-    "LIMIT_EXCEEDED": LimitExceededError,
-    "OUT_OF_MEMORY": OutOfDeviceMemoryError,
-    "CANCELLED": CancelledError,
-    "LOAD_FAILED": LoadError,
-    "UNAVAILABLE": UnavailableError,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model that an executor has loaded."""
-
-    key: str
-    weight_bytes: int
-    """Parameters and buffers."""
-    load_s: float
-    """Running its source and moving its weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class Constructed:
-    """A model that an executor has made and does not serve yet."""
-
-    size_bytes: int
-    """Of its flat run of weights; 0 if it has none."""
-    skeleton_bytes: int
-    """Of the rest of it; 0 if it cannot be moved to another executor."""
-    immovable: str
-    """Why it cannot be moved."""
-    loose: tuple[str, ...]
-    """The first of its tensors that are in no run, each with the reason."""
-    took_s: float
-    """Running its source and its constructor."""
-
-
-class _Lease:
-    """The right to read a block of the output arena; ends once."""
-
-    __slots__ = ("_release",)
-
-    def __init__(self, release: Callable[[], None] | None) -> None:
-        self._release = release
-
-    def end(self) -> None:
-        release, self._release = self._release, None
-        if release is not None:
-            release()
-
-
-_NO_LEASE: Final = _Lease(None)
-_NO_BYTES: Final = memoryview(b"")
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One answer to a call; handed to its sink, on the loop."""
-
-    kind: str
-    """`result`, `item`, `end` or `error`; all but `item` are the last of their call."""
-    node: Any = None
-    """JSON node, checked; None for `end` and `error`."""
-    block: memoryview = _NO_BYTES
-    """The bytes that the node's offsets count from; valid until `release`."""
-    compute_s: float = 0.0
-    """In the model's method: for an item since the last one, else in all."""
-    error: NosError | None = None
-    """Why it failed; set for `error` only."""
-    batch_size: int = 1
-    """Number of calls that ran as one."""
-    _lease: _Lease = field(default=_NO_LEASE, repr=False)
-
-    def release(self) -> None:
-        """Let the executor use the block again; every reply wants this once, more do no harm."""
-        self._lease.end()
-
-    @classmethod
-    def shared(
-        cls,
-        node: Any,
-        block: memoryview,
-        compute_s: float,
-        batch_size: int,
-        release: Callable[[], None],
-    ) -> Reply:
-        """Return one call's result of a batch; `release` is called once."""
-        return cls("result", node, block, compute_s, None, batch_size, _Lease(release))
-
-
-class Block:
-    """A reservation in the input arena of an executor."""
-
-    __slots__ = ("_arena", "_is_released", "offset", "view")
-
-    def __init__(self, arena: Arena, size: int) -> None:
-        self._arena = arena
-        self._is_released = False
-        self.offset = arena.allocate(size)
-        #: Writable, exactly as large as asked for.
-        self.view = arena.view[self.offset : self.offset + size]
-
-    def release(self) -> None:
-        """Give it back; once handed to a call, that call does it. More than once does no harm."""
-        if not self._is_released:
-            self._is_released = True
-            self._arena.free(self.offset)
-
-
-class Blocks:
-    """The inputs of a batch: pieces of blocks that the executor puts together.
-
-    Held by the call and by whoever made the batch, who needs the blocks again if it fails.
-    """
-
-    __slots__ = ("_blocks", "_num_holders", "pieces", "size")
-
-    def __init__(self, blocks: list[Block], pieces: list[tuple[int, int, int]], size: int) -> None:
-        self._blocks = blocks
-        self._num_holders = 2
-        #: (offset in the arena, bytes, offset in the joined input).
-        self.pieces = pieces
-        #: Bytes of the joined input.
-        self.size = size
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the call has not let go of it; while it runs, or a model refers to its input."""
-        return self._num_holders > 1
-
-    def release(self) -> None:
-        """Let go of it, each holder once; the last one frees the blocks."""
-        self._num_holders -= 1
-        if not self._num_holders:
-            for block in self._blocks:
-                block.release()
 
 
 @dataclass(slots=True)
@@ -419,7 +283,7 @@ class Executor(asyncio.Protocol):
             raise LoadError(
                 f"{key} did not load in time",
                 expected=f"at most {timeout_s:g} s",
-                got="\n".join(self.log_tail()[-_TRACEBACK_TAIL_LINES:]),
+                got="\n".join(self.log_tail()[-TRACEBACK_TAIL_LINES:]),
             ) from error
         except asyncio.CancelledError:
             self._send({"op": "unload", "key": key})
@@ -427,7 +291,7 @@ class Executor(asyncio.Protocol):
         except ExecutorLostError:
             raise
         except NosError as error:
-            raise _to_load_error(key, error) from error
+            raise to_load_error(key, error) from error
 
     async def _ask(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> dict[str, Any]:
         """Send a request and return what comes of it."""
@@ -508,7 +372,8 @@ class Executor(asyncio.Protocol):
         """Run a method behind the calls before it; never blocks and never raises.
 
         Args:
-            call_id: Names it for `cancel`; of no other call of this executor, past or present.
+            call_id: Names it for `cancel`; of no other call of this executor, past or present, unless that
+                ran out of memory.
             key: The model version.
             method: `__call__` or a public method.
             arguments: [name, node] pairs; an empty name means by position.
@@ -599,7 +464,7 @@ class Executor(asyncio.Protocol):
                 float(message["took_s"])
                 self._end_request(message["id"], message)
             case "failed":
-                self._end_request(message["id"], _to_error(message["error"]))
+                self._end_request(message["id"], to_error(message["error"]))
             case "ready" if not self._ready.done():
                 self._ready.set_result(None)
             case _:
@@ -614,8 +479,8 @@ class Executor(asyncio.Protocol):
         kind, call_id = message["op"], message["id"]
         call = self._calls[call_id]
         compute_s = float(message["compute_s"])
-        error = _to_error(message["error"]) if kind == "error" else None
-        node, view, lease = None, _NO_BYTES, _NO_LEASE
+        error = to_error(message["error"]) if kind == "error" else None
+        node, view, lease = None, NO_BYTES, NO_LEASE
         if kind in {"result", "item"}:
             node = message["node"]
             offset, size = 0, 0
@@ -625,16 +490,20 @@ class Executor(asyncio.Protocol):
             view = self._output.view[offset : offset + size]
             item_of = call_id if kind == "item" else None
             if size or item_of is not None:
-                lease = _Lease(lambda: self._release(offset, size, item_of))
+                lease = Lease(lambda: self._release(offset, size, item_of))
+        is_kept = message.get("kept") is True
+        can_repeat = isinstance(error, OutOfDeviceMemoryError) and not is_kept
         if kind != "item":
             del self._calls[call_id]
             self._is_needy = False
             if call.block is not None:
-                if message.get("kept") is True:
+                if is_kept:
                     self._kept[call_id] = call.block
+                elif can_repeat:
+                    lease = Lease(call.block.release)
                 else:
                     call.block.release()
-        reply = Reply(kind, node, view, compute_s, error, _lease=lease)
+        reply = Reply(kind, node, view, compute_s, error, can_repeat=can_repeat, _lease=lease)
         try:
             call.sink(reply)
         except Exception:  # the defect is the sink's, and not what an executor is killed for
@@ -740,31 +609,3 @@ def _size(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise InternalError("an executor told nonsense about a model", got=repr(value)[:100])
     return value
-
-
-def _to_error(facts: dict[str, Any]) -> NosError:
-    """Return what an executor reports; whatever it is not known for is the model's own."""
-    if facts["reason"] == "MODEL_RAISED":
-        return ModelError(
-            str(facts["message"]),
-            str(facts["type_name"]),
-            str(facts["text"]),
-            str(facts["traceback"]),
-        )
-    cls = _ERRORS.get(facts["reason"], InternalError)
-    message, about, expected, got, hint = (
-        str(facts.get(name, "")) for name in ("message", "field", "expected", "got", "hint")
-    )
-    return cls(message, about, expected, got, hint)
-
-
-def _to_load_error(key: str, error: NosError) -> NosError:
-    if isinstance(error, OutOfDeviceMemoryError):
-        return OutOfDeviceMemoryError(f"{key} does not fit: {error.message}")
-    if isinstance(error, ModelError):
-        tail = error.remote_traceback.strip().splitlines()[-_TRACEBACK_TAIL_LINES:]
-        text = "\n".join(tail) or error.message
-        return LoadError(f"{key} cannot be loaded: {text}")
-    return LoadError(
-        f"{key} cannot be loaded: {error.message}", error.field, error.expected, error.got
-    )

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from nos.wire.v1 import access_pb2, models_pb2
 
     from nos_backend.worker.access import Access
-    from nos_backend.worker.executors import Reply
     from nos_backend.worker.manager import ModelManager
+    from nos_backend.worker.replies import Reply
 
 T = TypeVar("T")
 
