@@ -214,6 +214,7 @@ def to_method(message: models_pb2.Method) -> types.MethodInfo:
                 default_text=it.default_text,
                 is_variadic=it.is_variadic,
                 is_keywords=it.is_keywords,
+                **_typed(it.type),
             )
             for it in message.parameters
         ),
@@ -225,6 +226,24 @@ def to_method(message: models_pb2.Method) -> types.MethodInfo:
             message.batching.queue_delay_s if message.batching.HasField("queue_delay_s") else None
         ),
     )
+
+
+def _typed(kind: models_pb2.Type) -> dict[str, Any]:
+    """Return the fields of a parameter that say what it takes to a program."""
+    return {
+        "kind": _kind_name(kind),
+        "item_kind": _kind_name(kind.item),
+        "dtype": values.DTYPE_NAMES[kind.dtype] if kind.dtype else "",
+        "shape": tuple(it.name or it.size for it in kind.shape) if kind.has_shape else None,
+        "choices": tuple(values.read(choice, memoryview(b"")) for choice in kind.choices),
+        "is_optional": kind.is_optional,
+    }
+
+
+def _kind_name(kind: models_pb2.Type) -> str:
+    if kind.kind == models_pb2.TYPE_KIND_UNSPECIFIED:
+        return "anything"
+    return models_pb2.TypeKind.Name(kind.kind).removeprefix("TYPE_KIND_").lower()
 
 
 def to_info(message: models_pb2.ModelInfo) -> types.ModelInfo:

@@ -158,6 +158,19 @@ class ParameterInfo:
     """Whether it is `*args`."""
     is_keywords: bool = False
     """Whether it is `**kwargs`."""
+    kind: str = "anything"
+    """The broad type: `anything`, `tensor`, `image`, `text`, `bytes`, `integer`, `real`, `flag`, `list`,
+    `dict` or `none`."""
+    item_kind: str = "anything"
+    """Of a list or dict: the broad type of what it holds."""
+    dtype: str = ""
+    """Of a tensor: its element type; empty for any."""
+    shape: tuple[int | str, ...] | None = None
+    """Of a tensor: its declared sizes and names of sizes; None if not declared."""
+    choices: tuple[Any, ...] = ()
+    """The only values allowed; empty for no such limit."""
+    is_optional: bool = False
+    """Whether None is allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
