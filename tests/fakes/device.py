@@ -1,14 +1,19 @@
 """A device whose capacity, fragmentation, copy time and errors are made up, behind the real interface.
 
 Its memory is the host's, handed out by a first-fit allocator over a made-up address range, so that it
-runs out and fragments like a real one, the same way every time.
+runs out and fragments like a real one, the same way every time. A model's source puts it in the place of
+the CPU, in the executor that runs it, with `install`.
 """
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from nos_backend.executor import devices
 
 
 class Memory:
@@ -45,8 +50,10 @@ class Memory:
 class FakeResidence:
     """A run on the fake device; copies take made-up time."""
 
+    keeps_writes = False
+
     def __init__(self, device: FakeDevice, fd: int, size_bytes: int) -> None:
-        self._device, self._fd, self._size = device, fd, size_bytes
+        self._device, self._fd, self._size = device, os.dup(fd), size_bytes
         self._offset = -1
         self.flat = torch.zeros(size_bytes, dtype=torch.uint8)
         self.is_loaded = False
@@ -68,6 +75,7 @@ class FakeResidence:
     def close(self) -> None:
         if self.is_loaded:
             self.evict()
+        os.close(self._fd)
 
 
 class FakeDevice:
@@ -79,7 +87,7 @@ class FakeDevice:
         script: For an operation, which of its calls (from 1) raises what.
     """
 
-    name = "cpu"
+    name = "fake"
 
     def __init__(
         self,
@@ -106,8 +114,33 @@ class FakeDevice:
     def trim(self) -> None:
         self.fail_by_script("trim")
 
+    def room_bytes(self) -> int:
+        return self.memory.capacity_bytes - self.memory.used_bytes
+
+    @contextmanager
+    def activations(self, size_bytes: int) -> Iterator[None]:
+        """What a forward pass holds while it runs."""
+        self.fail_by_script("forward")
+        offset = self.memory.allocate(size_bytes)
+        try:
+            yield
+        finally:
+            self.memory.free(offset)
+
     def fail_by_script(self, operation: str) -> None:
         self._calls[operation] += 1
         error = self._script.get((operation, self._calls[operation]))
         if error is not None:
             raise error
+
+
+def install(
+    capacity_bytes: int, script: dict[tuple[str, int], Exception] | None = None
+) -> FakeDevice:
+    """Make the CPU of this process a fake device; the first call counts, the others get the same one."""
+    known = devices.DEVICES["cpu"]("cpu")
+    if isinstance(known, FakeDevice):
+        return known
+    device = FakeDevice(capacity_bytes, script=script)
+    devices.DEVICES["cpu"] = lambda _: device
+    return device

@@ -1,18 +1,22 @@
 """Devices as the executor sees them: where weights live, what memory is left, what an error means.
 
 The interface follows `torch.accelerator`: another kind of device (`xpu`, `mps`, a vendor's plug-in) is
-one more class here and one line in `open_device`.
+one more class here and one line in `DEVICES`; see `docs/devices.md`.
 """
 
 from __future__ import annotations
 
 import gc
-from typing import Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
+from nos_backend.executor.host_memory import host_memory_bytes
 from nos_backend.executor.process import trim_heap
 from nos_backend.executor.residence import CpuResidence, CudaResidence, Residence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: What libraries say instead of raising torch.OutOfMemoryError.
 _OUT_OF_MEMORY_TEXTS = (
@@ -60,6 +64,12 @@ def return_memory() -> None:
     trim_heap()
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a device runs behind the code that feeds it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 class Device(Protocol):
     """One device, as its executor uses it; from the executor's main thread only."""
 
@@ -68,6 +78,9 @@ class Device(Protocol):
 
     def reside(self, fd: int, size_bytes: int) -> Residence:
         """Prepare a flat run whose host copy is the memfd `fd`; not loaded yet."""
+
+    def room_bytes(self) -> int:
+        """Return what is free on the device, for whoever asks first."""
 
     def start_measuring(self) -> None:
         """Forget the peak."""
@@ -87,6 +100,10 @@ class CpuDevice:
     def reside(self, fd: int, size_bytes: int) -> Residence:
         """See `Device.reside`."""
         return CpuResidence(fd, size_bytes)
+
+    def room_bytes(self) -> int:
+        """Return what the kernel can still give, cgroups considered."""
+        return host_memory_bytes()
 
     def start_measuring(self) -> None:
         """Do nothing: `footprint.measure` counts on the CPU."""
@@ -120,6 +137,12 @@ class CudaDevice:
         """See `Device.reside`."""
         return CudaResidence(fd, size_bytes, self._device, self._copy_stream)
 
+    def room_bytes(self) -> int:
+        """Return what the driver can still give, and what this process holds and does not use."""
+        free_bytes, _ = torch.cuda.mem_get_info(self._device)
+        reserved_bytes = torch.cuda.memory_reserved(self._device)
+        return free_bytes + reserved_bytes - torch.cuda.memory_allocated(self._device)
+
     def start_measuring(self) -> None:
         """See `Device.start_measuring`."""
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -134,15 +157,20 @@ class CudaDevice:
         return_memory()
 
 
+#: What serves a kind of device, by what torch calls that kind.
+DEVICES: Final[dict[str, Callable[[str], Device]]] = {
+    "cpu": lambda _: CpuDevice(),
+    "cuda": CudaDevice,
+}
+
+
 def open_device(name: str) -> Device:
     """Return the device of that name.
 
     Raises:
         ValueError: If no class here serves it.
     """
-    kind = torch.device(name).type
-    if kind == "cpu":
-        return CpuDevice()
-    if kind == "cuda":
-        return CudaDevice(name)
-    raise ValueError(f"no support for device {name!r}: expected cpu or cuda:N")
+    make = DEVICES.get(torch.device(name).type)
+    if make is None:
+        raise ValueError(f"no support for device {name!r}: expected one of {', '.join(DEVICES)}")
+    return make(name)

@@ -40,7 +40,11 @@ class NoWireFormError(Exception):
 
 
 def raised(
-    error: BaseException, source_name: str, *, out_of_memory: bool = False
+    error: BaseException,
+    source_name: str,
+    *,
+    out_of_memory: bool = False,
+    room_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Describe what the model's code raised: from the first frame of its own source on.
 
@@ -48,9 +52,11 @@ def raised(
         error: What was raised.
         source_name: The file name under which the model's source was compiled.
         out_of_memory: Whether it says that the device's memory is used up.
+        room_bytes: What the device has free now, where that is known and matters.
     """
     type_name, text = type(error).__name__, _text(error)
     return {
+        "expected": "" if room_bytes is None else f"at most {room_bytes} bytes, which are free",
         "reason": "OUT_OF_MEMORY" if out_of_memory else "MODEL_RAISED",
         "message": f"{type_name}: {text}" if text else type_name,
         "type_name": type_name,

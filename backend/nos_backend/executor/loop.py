@@ -18,7 +18,7 @@ import torch
 
 from nos_backend.executor import failures, loading
 from nos_backend.executor.arena import Arena, ArenaFullError
-from nos_backend.executor.devices import is_out_of_memory, is_sticky, return_memory
+from nos_backend.executor.devices import is_out_of_memory, is_sticky, return_memory, wait_for
 from nos_backend.executor.failures import NoWireFormError, RefusedError
 from nos_backend.executor.messages import Decoder, encode
 from nos_backend.executor.models import Models
@@ -151,8 +151,8 @@ class _Loop:
         except RefusedError as error:
             reply.update(op="failed", error=error.facts)
         except BaseException as error:  # noqa: BLE001 - a source may raise anything, SystemExit too
-            facts = failures.raised(error, source_name, out_of_memory=is_out_of_memory(error))
-            reply.update(op="failed", error=facts)
+            reply.update(op="failed", error=self._facts(error, source_name))
+            self._end_if_doomed(error, reply)
         if reply["op"] == "failed":
             return_memory()
         self._send(reply)
@@ -184,14 +184,9 @@ class _Loop:
             reply["error"] = RefusedError("CANCELLED", "cancelled").facts
         except _WorkerGone:
             raise
-        except BaseException as error:
-            reply["error"] = failures.raised(
-                error, source_name, out_of_memory=is_out_of_memory(error)
-            )
-            if is_sticky(error):
-                # Nothing that this process computes may be trusted any more; its worker starts another.
-                self._send({"op": "doomed", "reason": reply["error"]["message"]})
-                raise _WorkerGone from error
+        except BaseException as error:  # noqa: BLE001 - as above
+            reply["error"] = self._facts(error, source_name)
+            self._end_if_doomed(error, reply)
         self._cancelled.discard(call_id)
         reply["compute_s"] = clock.total_s
         if inputs is not None and inputs.kept:
@@ -200,6 +195,18 @@ class _Loop:
         self._send(reply)
         if self._kept:
             self._let_go()
+
+    def _end_if_doomed(self, error: BaseException, reply: Message) -> None:
+        """Tell the worker that nothing this process computes may be trusted, if so; it starts another."""
+        if is_sticky(error):
+            self._send({"op": "doomed", "reason": reply["error"]["message"]})
+            raise _WorkerGone from error
+
+    def _facts(self, error: BaseException, source_name: str) -> dict[str, Any]:
+        if not is_out_of_memory(error):
+            return failures.raised(error, source_name)
+        room_bytes = self._models.room_bytes()
+        return failures.raised(error, source_name, out_of_memory=True, room_bytes=room_bytes)
 
     def _answer(
         self,
@@ -325,8 +332,6 @@ class _Lap:
         pass
 
     def __exit__(self, *_: object) -> None:
-        # Only what is done counts: a device runs behind the code that feeds it.
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)  # only what is done counts
         self._clock.lap_s = time.perf_counter() - self._started_s
         self._clock.total_s += self._clock.lap_s

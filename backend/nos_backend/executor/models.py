@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from nos_backend.executor import flat, loading, skeleton
-from nos_backend.executor.devices import Device, open_device, return_memory
+from nos_backend.executor.devices import Device, is_out_of_memory, open_device, return_memory
 from nos_backend.executor.failures import RefusedError
 
 if TYPE_CHECKING:
@@ -111,6 +111,10 @@ class Models:
             for fd in fds:
                 os.close(fd)
         return {**reply, "took_s": time.perf_counter() - started_s}
+
+    def room_bytes(self) -> int | None:
+        """Return what the device has free; None while it was not needed."""
+        return self._device.room_bytes() if self._device is not None else None
 
     def drop(self, key: str) -> None:
         """Forget a model; one that is not here is no error."""
@@ -222,8 +226,7 @@ class Models:
     def _evict(self, message: Reply, _fds: list[int]) -> Reply:
         hosted, residence = self._resident(message["key"])
         if residence.is_loaded:
-            if self._device_name != "cpu":
-                # On the CPU they stay in private pages.
+            if not residence.keeps_writes:
                 written = [t for t, version in hosted.versions if t._version != version]  # noqa: SLF001
                 hosted.saved = [(t, t.detach().to("cpu", copy=True)) for t in written]
             residence.evict()
@@ -232,7 +235,7 @@ class Models:
     def _reload(self, message: Reply, _fds: list[int]) -> Reply:
         hosted, residence = self._resident(message["key"])
         if not residence.is_loaded:
-            residence.load()
+            self._bring(residence)
             for tensor, kept in hosted.saved:
                 tensor.detach().copy_(kept)
             hosted.saved = []
@@ -240,21 +243,36 @@ class Models:
 
     def _host(self, key: str, model: loading.Model, residence: Residence | None) -> None:
         versions = []
-        if residence is not None and self._device_name != "cpu":
+        if residence is not None and not residence.keeps_writes:
             for _, module in flat.find_modules(model.target):
                 versions += [(buffer, buffer._version) for buffer in module.buffers()]  # noqa: SLF001
         self._hosted[key] = _Hosted(model, residence, versions, [])
 
     def _reside(self, fd: int, size_bytes: int) -> Residence:
-        if self._device is None:
-            self._device = open_device(self._device_name)
-        residence = self._device.reside(fd, size_bytes)
+        residence = self._opened().reside(fd, size_bytes)
         try:
-            residence.load()
+            self._bring(residence)
         except BaseException:
             residence.close()
             raise
         return residence
+
+    def _bring(self, residence: Residence) -> None:
+        """Load a run; where there is no room, once more after giving back what nobody uses."""
+        try:
+            residence.load()
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return
+        self._opened().trim()
+        residence.load()
+
+    def _opened(self) -> Device:
+        if self._device is None:
+            self._device = open_device(self._device_name)
+        return self._device
 
     def _made(self, key: str) -> _Constructed:
         made = self._constructed.get(key)

@@ -13,12 +13,9 @@ import ctypes
 import mmap
 import os
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _PROT_NONE, _PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FIXED, _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x10, 0x4000, 0x100000
@@ -56,6 +53,9 @@ class Residence(Protocol):
     the executor refuses calls to such a model before they reach it."""
     is_loaded: bool
     """Whether the bytes are on the device."""
+    keeps_writes: bool
+    """Whether what was written to the run is there again after an eviction, as its host copy knows nothing
+    of it; else the caller copies it out before and back after."""
 
     def load(self) -> None:
         """Bring the bytes of the host copy to the device."""
@@ -63,7 +63,7 @@ class Residence(Protocol):
     def evict(self) -> None:
         """Free the device memory; the host copy stays.
 
-        What was written to the run may be lost: see `save`.
+        What was written to the run is lost, unless it `keeps_writes`.
         """
 
     def close(self) -> None:
@@ -83,6 +83,8 @@ class CpuResidence:
     Raises:
         OSError: If the address ranges cannot be reserved.
     """
+
+    keeps_writes = True
 
     def __init__(self, fd: int, size_bytes: int) -> None:
         self._fd = fd
@@ -155,6 +157,8 @@ class CudaResidence:
         copy_stream: The device's one stream for copies of weights.
     """
 
+    keeps_writes = False
+
     def __init__(
         self, fd: int, size_bytes: int, device: torch.device, copy_stream: torch.cuda.Stream
     ) -> None:
@@ -208,17 +212,6 @@ class CudaResidence:
         """
         with torch.cuda.device(self._device):
             torch.cuda.cudart().cudaHostRegister(self._host.data_ptr(), self._size, 0)
-
-
-def save(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Copy tensors out of a run that is about to be evicted, to host memory."""
-    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-
-
-def restore(tensors: Iterable[torch.Tensor], saved: Iterable[torch.Tensor]) -> None:
-    """Copy what `save` gave back into the same tensors after loading."""
-    for tensor, kept in zip(tensors, saved, strict=True):
-        tensor.detach().copy_(kept)
 
 
 def _map(address: int | None, size: int, protection: int, flags: int, fd: int) -> int:

@@ -121,6 +121,16 @@ class NoRoom:
 
 
 @dataclass(frozen=True, slots=True)
+class Overran:
+    """A batch of a model, which still counts as running, found less room than the budget said.
+
+    One more model leaves, if one can; whether that is so says `is_evicting`.
+    """
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Evicted:
     """An `Evict` was carried out."""
 
@@ -157,6 +167,7 @@ Event: TypeAlias = (
     | Loaded
     | LoadFailed
     | NoRoom
+    | Overran
     | Evicted
     | Unwanted
     | CapacityChanged
@@ -268,6 +279,8 @@ class Residency:
                         return []  # what every batch of a device with room costs
                 elif isinstance(event, NoRoom):
                     self._note_no_room(event.model, model, now_s, actions)
+                elif isinstance(event, Overran):
+                    self._note_overrun(event.model, now_s, actions)
                 else:
                     self._note_move(event, model, now_s)
         self._evict_drained(actions, "room")
@@ -300,6 +313,11 @@ class Residency:
             or (model.idle_unload_s is not None and model.tier is Tier.DEVICE)
             for model in self._models.values()
         )
+
+    @property
+    def is_evicting(self) -> bool:
+        """Whether a model is on its way off the device."""
+        return any(model.tier is Tier.EVICTING for model in self._models.values())
 
     @property
     def used_bytes(self) -> int:
@@ -375,6 +393,16 @@ class Residency:
         model.wanted_s, model.is_blocked = now_s, True
         if not leaving:
             min(victims, key=lambda item: self._score(item, now_s)).tier = Tier.DRAINING
+
+    def _note_overrun(self, name: str, now_s: float, actions: list[Action]) -> None:
+        victims = [
+            item
+            for other, item in self._models.items()
+            if other != name and item.tier is Tier.DEVICE and not item.pinned and not item.running
+        ]
+        if victims and not self.is_evicting:
+            min(victims, key=lambda item: self._score(item, now_s)).tier = Tier.DRAINING
+            self._evict_drained(actions, f"room for a call of {name}")
 
     def _leave(self, name: str, model: _Model) -> None:
         model.tier = Tier.HOST

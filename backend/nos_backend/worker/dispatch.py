@@ -8,9 +8,9 @@ import logging
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from nos.errors import ExecutorLostError, ModelError, NosError
+from nos.errors import ExecutorLostError, ModelError, NosError, OutOfDeviceMemoryError
 
 from nos_backend.scheduling import device_queue
 from nos_backend.scheduling.device_queue import (
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _request_ids = itertools.count(1)
+#: Models that leave the device for one batch, at most; beyond it the batch is the one that is too large.
+_MAX_RESCUES: Final = 8
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -90,6 +92,12 @@ class _Run:
     joined: Blocks | None = None
     #: Whether one failed that ran alone.
     has_culprit: bool = False
+    #: Whether all together found no room.
+    ran_out: bool = False
+    #: How often a model had to leave the device for it.
+    num_rescues: int = 0
+    #: Those of `open` that gave items already, and cannot be repeated.
+    streaming: set[int] = field(default_factory=set)
 
 
 class Dispatcher:
@@ -131,6 +139,10 @@ class Dispatcher:
         self._held: dict[str, asyncio.Future[None]] = {}
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        #: By model: the rows of a batch since one did not fit; outlives a reload.
+        self._caps: dict[str, int] = {}
+        #: Calls that ran out of memory and wait for room.
+        self._rescues: set[asyncio.Task[None]] = set()
 
     # What the manager may ask.
 
@@ -188,7 +200,13 @@ class Dispatcher:
         actions = self._queue.open_model(
             model, slot, now_s=self._loop.time(), call_timeout_s=call_timeout_s, limits=limits
         )
+        if model in self._caps:
+            self._queue.shrink(model, self._caps[model])
         self._apply(actions)
+
+    def max_rows(self, model: str) -> int | None:
+        """Return the most rows that a batch of a model may have since one did not fit; None if all did."""
+        return self._caps.get(model)
 
     def close(self, model: str, error: NosError) -> None:
         """End what waits for a model."""
@@ -255,6 +273,8 @@ class Dispatcher:
             self._end(request_id, failure(error))
         if self._timer is not None:
             self._timer.cancel()
+        for rescue in self._rescues:
+            rescue.cancel()
 
     # Carrying out.
 
@@ -329,18 +349,27 @@ class Dispatcher:
             if request.part is not None  # all: only such share a batch
         ]
         arguments, run.joined = batches.join(self._plans[head.model, head.method], members)
+        self._call_joined(run, run.joined, arguments)
+
+    def _call_joined(self, run: _Run, joined: Blocks, arguments: list[list[Any]]) -> None:
         run.executor.call(
             next(_request_ids),
-            head.model,
-            head.method,
+            run.batch.model,
+            run.open[0].method,
             arguments,
-            run.joined,
-            partial(self._on_joined_reply, run, run.joined),
+            joined,
+            partial(self._on_joined_reply, run, joined, arguments),
         )
 
-    def _on_joined_reply(self, run: _Run, joined: Blocks, reply: Reply) -> None:
+    def _on_joined_reply(
+        self, run: _Run, joined: Blocks, arguments: list[list[Any]], reply: Reply
+    ) -> None:
         if reply.kind == "item":  # of a method that said it was no generator
             reply.release()
+            return
+        if self._can_rescue(run, reply):
+            again = partial(self._call_joined, run, joined, arguments)
+            self._rescue(run, reply, again, partial(self._on_joined_reply, run, joined, arguments))
             return
         if isinstance(reply.error, ExecutorLostError):
             joined.release()
@@ -351,6 +380,7 @@ class Dispatcher:
             replies = batches.split(reply, parts)
         except (NosError, batches.WrongRowsError) as error:
             _logger.info("a batch of %s failed: %s", run.batch.model, type(error).__name__)
+            run.ran_out = isinstance(error, OutOfDeviceMemoryError)
             reply.release()
             self._retry(run, joined)
             return
@@ -390,17 +420,21 @@ class Dispatcher:
         if not run.open:
             self._finish(run.batch)
         for request, block in zip(list(run.open), run.blocks, strict=True):
-            run.executor.call(
-                request.id,
-                request.model,
-                request.method,
-                request.arguments,
-                block,
-                partial(self._on_reply, run, request),
-            )
+            self._call_one(run, request, block)
 
-    def _on_reply(self, run: _Run, request: Request, reply: Reply) -> None:
+    def _call_one(self, run: _Run, request: Request, block: Block | None) -> None:
+        run.executor.call(
+            request.id,
+            request.model,
+            request.method,
+            request.arguments,
+            block,
+            partial(self._on_reply, run, request, block),
+        )
+
+    def _on_reply(self, run: _Run, request: Request, block: Block | None, reply: Reply) -> None:
         if reply.kind == "item":
+            run.streaming.add(request.id)
             if self._queue.is_live(request.id):
                 request.sink(reply)
             else:
@@ -410,6 +444,10 @@ class Dispatcher:
             self._lose(run, reply, reply.error)
             return
         batch = run.batch
+        if self._can_rescue(run, reply) and request.id not in run.streaming:
+            again = partial(self._call_one, run, request, block)
+            self._rescue(run, reply, again, partial(self._on_reply, run, request, block))
+            return
         if reply.kind == "result" and request.part is not None:
             try:
                 batches.check(reply, request.part)
@@ -417,22 +455,69 @@ class Dispatcher:
                 reply.release()
                 text = f"{request.model} gave another number of rows than it got: {error}"
                 reply = failure(ModelError(text, "WrongRowsError", str(error)))
+        if isinstance(reply.error, OutOfDeviceMemoryError):
+            reply = self._no_room(request, block, reply, reply.error)
         run.has_culprit |= reply.error is not None
         run.open.remove(request)
         self._settle(request, reply)
         if run.open:
             self._queue.progressed(batch.id, batch.executor, now_s=self._loop.time())
             return
-        if run.joined is not None and not run.has_culprit:
+        if run.joined is not None and (run.ran_out or not run.has_culprit):
             # Nothing was wrong with any of them: together they are too many, or do not mix.
             max_rows = self._queue.shrink(batch.model, batch.rows // 2)
+            self._caps[batch.model] = max_rows
             _logger.warning(
-                "a batch of %d rows of %s failed, but each request alone did not: at most %d from now on",
+                "a batch of %d rows of %s did not go together: at most %d from now on",
                 batch.rows,
                 batch.model,
                 max_rows,
             )
         self._finish(batch)
+
+    # Out of memory: room is made and the call repeated; a batch that finds none runs call by call.
+
+    @staticmethod
+    def _can_rescue(run: _Run, reply: Reply) -> bool:
+        return reply.can_repeat and run.num_rescues < _MAX_RESCUES
+
+    def _rescue(
+        self,
+        run: _Run,
+        reply: Reply,
+        again: Callable[[], None],
+        give_up: Callable[[Reply], None],
+    ) -> None:
+        """Take another model off the device and call `again`; `give_up` where none can leave."""
+        run.num_rescues += 1
+
+        async def rescue() -> None:
+            has_room = await self._memory.make_room(run.batch.model)
+            if has_room or self._executors.get(run.batch.executor) is not run.executor:
+                reply.take_input()
+                again()  # on an executor that died meanwhile it ends at once
+            else:
+                run.num_rescues = _MAX_RESCUES
+                give_up(reply)
+
+        task = asyncio.create_task(rescue(), name=f"make room for {run.batch.model}")
+        self._rescues.add(task)
+        task.add_done_callback(self._rescues.discard)
+
+    def _no_room(
+        self, request: Request, block: Block | None, reply: Reply, error: OutOfDeviceMemoryError
+    ) -> Reply:
+        """Return the end of a request that does not fit although it is alone and nothing more can leave."""
+        reply.release()
+        input_bytes = len(block.view) if block is not None else 0
+        return failure(
+            OutOfDeviceMemoryError(
+                f"a call of {request.model} does not fit on the device: {error.message}",
+                expected=error.expected,
+                got=f"{input_bytes} bytes of input beside {self._memory.used_bytes} bytes of models",
+                hint="Send fewer rows at once, or unload other models",
+            )
+        )
 
     def _lose(self, run: _Run, reply: Reply, error: ExecutorLostError) -> None:
         reply.release()

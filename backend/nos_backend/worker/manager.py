@@ -234,10 +234,15 @@ class ModelManager:
             "num_pending": self._dispatcher.num_pending(key),
             "num_answered": self._dispatcher.num_answered(key),
             "load_s": entry.load_s,
-            "note": entry.note,
+            "note": self._note_of(entry),
             "history": self._memory.history(key),
             "error": str(entry.error) if entry.error else "",
         }
+
+    def _note_of(self, entry: Entry) -> str:
+        max_rows = self._dispatcher.max_rows(entry.key)
+        learnt = f"at most {max_rows} rows in a batch: more did not go together" if max_rows else ""
+        return "; ".join(filter(None, (entry.note, learnt)))
 
     def executor_pids(self) -> dict[str, int]:
         """Return the process of each executor that lives, by its slot's name."""

@@ -24,6 +24,7 @@ from nos_backend.scheduling.residency import (
     Loaded,
     LoadFailed,
     NoRoom,
+    Overran,
     Refuse,
     Removed,
     Residency,
@@ -155,6 +156,8 @@ class DeviceMemory:
         self._on_refused = on_refused
         self._loop = asyncio.get_running_loop()
         self._records: dict[str, _Record] = {}
+        #: Resolve when the next model has left the device.
+        self._room: list[asyncio.Future[None]] = []
         #: Resolve when a model was removed.
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -224,6 +227,20 @@ class DeviceMemory:
         self._handle(Wanted(key))
         await future
 
+    async def make_room(self, key: str) -> bool:
+        """Take one more model off the device for a call of `key` that ran out of memory.
+
+        Returns:
+            Whether one has left; False at once where none can.
+        """
+        self._handle(Overran(key))
+        if not self._residency.is_evicting:
+            return False
+        left: asyncio.Future[None] = self._loop.create_future()
+        self._room.append(left)
+        await left
+        return True
+
     def lost(self, key: str) -> bool:
         """A model's device copy died with its executor; return whether there was one or was to be."""
         record = self._records.get(key)
@@ -275,7 +292,7 @@ class DeviceMemory:
         for record in self._records.values():
             for waiter in record.waiters:
                 waiter.cancel()
-        for gone in self._leaving.values():
+        for gone in (*self._leaving.values(), *self._room):
             gone.cancel()
 
     # Carrying out.
@@ -285,6 +302,10 @@ class DeviceMemory:
             self._carry_out(action)
         for key in [key for key in self._leaving if not self._residency.knows(key)]:
             self._leaving.pop(key).set_result(None)
+        if self._room and not self._residency.is_evicting:
+            waiting, self._room = self._room, []
+            for left in waiting:
+                left.set_result(None)
         if self._timer is None and self._residency.needs_ticks:
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
