@@ -16,6 +16,7 @@ import secrets
 import socket
 import struct
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nos.errors import CancelledError, InvalidRequestError, NosError, PermissionDeniedError
@@ -99,7 +100,7 @@ class LocalPort:
             async with asyncio.timeout(_HELLO_S):
                 hello, memory = await self._read_hello(connection)
             try:
-                pipe = LocalPipe(hello, memory)
+                pipe = LocalPipe(hello, memory, _peer(connection)[0])
             finally:
                 os.close(memory)
             await self._loop.connect_accepted_socket(lambda: pipe, connection)
@@ -150,7 +151,7 @@ class LocalPort:
 class LocalPipe(asyncio.Protocol):
     """A stream of a local client; a `nos_backend.worker.streams.Pipe`."""
 
-    def __init__(self, hello: inference_pb2.LocalHello, memory: int) -> None:
+    def __init__(self, hello: inference_pb2.LocalHello, memory: int, peer_pid: int) -> None:
         """Map the client's memory; the descriptor stays the caller's.
 
         Raises:
@@ -173,6 +174,10 @@ class LocalPipe(asyncio.Protocol):
         self._lost: asyncio.Future[None] = self._loop.create_future()
         self._writable = asyncio.Event()
         self._writable.set()
+        self.num_written = 0
+        #: The client's process; 0 if it is in another namespace.
+        self._peer_pid = peer_pid
+        self._was_stopped = False
 
     async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
         """See `Pipe`; the client's messages are received as they come, without a task between."""
@@ -198,18 +203,27 @@ class LocalPipe(asyncio.Protocol):
         """See `Pipe`."""
         if data is None:
             self._transport.write(self._shared.wrap(header.SerializeToString()))
+            self.num_written += 1
         else:
             for message in self._shared.pack(header, [data], data.nbytes):
                 if not self._writable.is_set():
                     await self._writable.wait()
                 self._transport.write(message)
+                self.num_written += 1
         if not self._writable.is_set():
             await self._writable.wait()
 
+    def is_frozen(self) -> bool:
+        """See `Pipe`."""
+        was_stopped, self._was_stopped = self._was_stopped, _is_stopped(self._peer_pid)
+        return was_stopped and self._was_stopped
+
     def close(self, error: NosError | None) -> None:
-        """End it, with word of why if it did not end well."""
+        """End it, with word of why if it did not end well and the client takes it."""
         self._receive = None
-        if error is not None and not self._transport.is_closing():
+        if not self._writable.is_set():
+            self._transport.abort()
+        elif error is not None and not self._transport.is_closing():
             last = inference_pb2.StreamResponse(error=to_message(error))
             self._transport.write(self._shared.wrap(last.SerializeToString()))
         self._transport.close()
@@ -273,9 +287,25 @@ def _left() -> CancelledError:
     return CancelledError("the client left")
 
 
-def _check_peer(connection: socket.socket, num_descriptors: int, data: bytes) -> None:
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Return the client's process and user."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    if _PEER.unpack(raw)[1] != os.geteuid():
+    pid, uid, _ = _PEER.unpack(raw)
+    return pid, uid
+
+
+def _is_stopped(pid: int) -> bool:
+    """Return whether a process was stopped by a signal; False if it cannot be seen."""
+    try:
+        # Its name, in parentheses, may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return fields[0] == b"T"
+
+
+def _check_peer(connection: socket.socket, num_descriptors: int, data: bytes) -> None:
+    if _peer(connection)[1] != os.geteuid():
         raise PermissionDeniedError("another user's process", "unix_socket")
     if num_descriptors != 1 or len(data) != _LENGTH.size:
         raise InvalidRequestError("no hello", "hello", "a length and one descriptor")

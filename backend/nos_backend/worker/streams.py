@@ -66,6 +66,9 @@ _CLOGGED_FRAMES: Final = 4 * WINDOW_FRAMES
 class Pipe(Protocol):
     """Carries a stream's messages; one task reads, one writes."""
 
+    #: Messages that the transport has taken.
+    num_written: int
+
     async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
         """Hand messages to `receive` until the client has half-closed.
 
@@ -89,12 +92,16 @@ class Pipe(Protocol):
     ) -> None:
         """Write a message, with its data in as many more as it takes; the data is copied by then."""
 
+    def is_frozen(self) -> bool:
+        """Return whether the client is known to be stopped, here and when this was asked last."""
+
 
 class GrpcPipe:
     """A stream over gRPC."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self.num_written = 0
 
     async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
         """See `Pipe`."""
@@ -111,9 +118,15 @@ class GrpcPipe:
         """See `Pipe`."""
         if data is None:
             await self._context.write(header.SerializeToString())
+            self.num_written += 1
             return
         for message in frames.pack(header, [data], data.nbytes):
             await self._context.write(message)
+            self.num_written += 1
+
+    def is_frozen(self) -> bool:
+        """See `Pipe`: gRPC's keepalive finds out, and cancels the call."""
+        return False
 
 
 _senders = itertools.count(1)
@@ -179,7 +192,9 @@ class Stream:
         #: Set when the server leaves: the stream ends with this once no frame is open.
         self._leaving: NosError | None = None
         self._is_closed = False
-        self._written_s = self._loop.time()
+        self._is_writing = False
+        #: The client took nothing between the last two beats although something was there for it.
+        self._was_stalled = False
         self._heartbeat: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
 
@@ -204,7 +219,7 @@ class Stream:
         )
         reader = asyncio.create_task(self._read(pipe), name=f"read {self._id}")
         writer = asyncio.create_task(self._write(pipe), name=f"write {self._id}")
-        self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat, pipe, 0)
         self._check_ticket()
         either: set[asyncio.Future[Any]] = {writer, self._cut}
         try:
@@ -416,6 +431,7 @@ class Stream:
     async def _write(self, pipe: Pipe) -> None:
         try:
             while True:
+                self._is_writing = True
                 if self._control:
                     await pipe.write(self._control.popleft())
                 elif (frame := self._head()) is not None:
@@ -425,12 +441,11 @@ class Stream:
                     finally:
                         reply.release()
                 elif self._frames or not (self._is_half_closed or self._leaving):
+                    self._is_writing = False
                     self._wake.clear()
                     await self._wake.wait()
-                    continue
                 else:
                     return
-                self._written_s = self._loop.time()
         except Exception as error:  # noqa: BLE001 - the top level of this task
             self.cut(unexpected(error, f"writing stream {self._id}"))
 
@@ -478,10 +493,23 @@ class Stream:
 
     # Time, and the end.
 
-    def _beat(self) -> None:
-        if self._loop.time() - self._written_s >= HEARTBEAT_S and not self._control:
+    def _beat(self, pipe: Pipe, num_written: int) -> None:
+        """Show that the server lives, and see whether the client does.
+
+        Args:
+            pipe: The stream's.
+            num_written: How many messages it had written at the last beat.
+        """
+        is_silent = pipe.num_written == num_written
+        if is_silent and not self._is_writing:
             self._say(inference_pb2.StreamResponse(heartbeat=inference_pb2.Heartbeat()))
-        self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat)
+        is_stalled = is_silent and self._is_writing
+        if is_stalled and self._was_stalled:
+            self.cut(UnavailableError("the client does not read its results"))
+        elif pipe.is_frozen():
+            self.cut(UnavailableError("the client is stopped"))
+        self._was_stalled = is_stalled
+        self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat, pipe, pipe.num_written)
 
     def _check_ticket(self) -> None:
         left_s = self._access.ticket.expires_s + _EXPIRY_GRACE_S - time.time()
