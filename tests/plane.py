@@ -15,7 +15,7 @@ from nos.errors import NosError
 from nos.wire import frames, status, values
 from nos.wire.limits import CHUNK_BYTES, MODEL_KEY, TICKET_KEY
 from nos.wire.options import CHANNEL_OPTIONS
-from nos.wire.v1 import access_pb2, inference_pb2, inference_pb2_grpc
+from nos.wire.v1 import access_pb2, inference_pb2, inference_pb2_grpc, models_pb2
 from nos_backend.control.describe import describe
 from nos_backend.control.tickets import TicketSigner, TicketVerifier
 from nos_backend.definition import ModelDefinition
@@ -79,6 +79,12 @@ class Plane:
     def load(self, definition: ModelDefinition) -> None:
         """Load a model and wait for it."""
         self.data_plane.submit_coroutine(lambda: self.manager.load(definition)).result(60)
+
+    def pin(self, definition: ModelDefinition, *, is_pinned: bool = True) -> None:
+        """Load a model, pinned or not."""
+        spec = models_pb2.ModelSpec.FromString(definition.spec)
+        spec.is_pinned = is_pinned
+        self.load(replace(definition, spec=spec.SerializeToString()))
 
     def unload(self, key: str) -> None:
         """Unload a model and wait for it."""

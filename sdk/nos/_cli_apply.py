@@ -51,6 +51,8 @@ def _apply(client: Client, entry: ModelEntry) -> dict[str, str]:
         init=entry.init,
         device=entry.device,
         isolation=entry.isolation,
+        pin=entry.pin,
+        idle_unload_s=entry.idle_unload_s,
         source_name=entry.source_name,
     )
     changed = "updated" if before else "registered"

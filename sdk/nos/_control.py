@@ -65,11 +65,11 @@ def get_spec(model: str) -> Rpc[models_pb2.ModelSpec]:
     )
 
 
-def load(model: str) -> Rpc[types.ModelInfo]:
-    """Have a model placed; answered when it can answer."""
+def load(model: str, *, pin: bool | None = None) -> Rpc[types.ModelInfo]:
+    """Have a model placed; answered when it can answer. `pin` None leaves it pinned or not."""
     return Rpc(
         _MODELS + "LoadModel",
-        models_pb2.LoadModelRequest(model=model),
+        models_pb2.LoadModelRequest(model=model, is_pinned=pin),
         lambda raw: to_info(models_pb2.LoadModelResponse.FromString(raw).model),
         LOAD_TIMEOUT_S,
     )
@@ -104,6 +104,8 @@ def register(
     device: str,
     isolation: str,
     source_name: str,
+    pin: bool | None = None,
+    idle_unload_s: float | None = None,
 ) -> Rpc[types.ModelInfo]:
     """Make a model of source text.
 
@@ -115,6 +117,8 @@ def register(
         device: As in the request; empty leaves it to the source.
         isolation: Likewise.
         source_name: Where the source came from.
+        pin: Whether it stays on its device; None leaves it to the source.
+        idle_unload_s: Likewise, after how long without use it leaves.
     """
     nodes, payload = values.write_arguments(list((init or {}).items()))
     request = models_pb2.RegisterModelRequest(
@@ -126,6 +130,8 @@ def register(
         device=device,
         isolation=isolation,
         source_name=source_name,
+        is_pinned=pin,
+        idle_unload_s=idle_unload_s,
     )
     return Rpc(
         _MODELS + "RegisterModel",
@@ -197,6 +203,8 @@ def to_spec(message: models_pb2.ModelSpec) -> types.ModelSpec:
         source_sha256=message.source_sha256,
         weight_bytes=message.weight_bytes,
         call_timeout_s=message.call_timeout_s,
+        is_pinned=message.is_pinned,
+        idle_unload_s=message.idle_unload_s if message.HasField("idle_unload_s") else None,
     )
 
 

@@ -9,6 +9,8 @@
         init: {width: 8}
         device: cpu             # auto, cpu or cuda
         isolation: process      # shared or process
+        pin: true               # stays on its device
+        idle_unload_s: 600      # or leaves it after so long without use; 0: never
 """
 
 from __future__ import annotations
@@ -21,7 +23,18 @@ from nos.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-_KEYS: Final = ("name", "source", "inline", "class", "init", "device", "isolation")
+_KEYS: Final = (
+    "name",
+    "source",
+    "inline",
+    "class",
+    "init",
+    "device",
+    "isolation",
+    "pin",
+    "idle_unload_s",
+)
+_TEXTS: Final = frozenset(_KEYS) - {"init", "pin", "idle_unload_s"}
 _CHOICES: Final = {"device": ("auto", "cpu", "cuda"), "isolation": ("shared", "process")}
 
 
@@ -38,6 +51,8 @@ class ModelEntry:
     init: dict[str, Any] = field(default_factory=dict)
     device: str = ""
     isolation: str = ""
+    pin: bool | None = None
+    idle_unload_s: float | None = None
 
 
 def read(path: Path) -> list[ModelEntry]:
@@ -89,7 +104,7 @@ class _Reader:
         members = self._members(node, _KEYS, ("name",))
         if ("source" in members) == ("inline" in members):
             raise self._wrong(node, "the model's code", "either source (a file) or inline (text)")
-        texts = {key: self._text(key, members[key]) for key in members if key != "init"}
+        texts = {key: self._text(key, members[key]) for key in members if key in _TEXTS}
         for key, choices in _CHOICES.items():
             if key in texts and texts[key] not in choices:
                 raise self._wrong(members[key], key, " or ".join(choices), repr(texts[key]))
@@ -114,7 +129,25 @@ class _Reader:
             init=init,
             device=texts.get("device", ""),
             isolation=texts.get("isolation", ""),
+            pin=self._pin(members.get("pin")),
+            idle_unload_s=self._seconds("idle_unload_s", members.get("idle_unload_s")),
         )
+
+    def _pin(self, node: Any) -> bool | None:
+        value = None if node is None else self._value(node)
+        if node is not None and not isinstance(value, bool):
+            raise self._wrong(node, "pin", "true or false", repr(value)[:80])
+        return value
+
+    def _seconds(self, key: str, node: Any) -> float | None:
+        if node is None:
+            return None
+        value = self._value(node)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(node, key, "seconds", repr(value)[:80])
+        if not 0 <= value < float("inf"):
+            raise self._wrong(node, key, "seconds, at least 0", repr(value)[:80])
+        return float(value)
 
     def _members(
         self, node: Any, known: tuple[str, ...], needed: tuple[str, ...]

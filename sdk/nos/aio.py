@@ -114,9 +114,11 @@ class AsyncClient:
         spec = await _answer(self._engine, _control.get_spec(name), timeout_s)
         return AsyncModelHandle(self._engine, spec)
 
-    async def load(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
+    async def load(
+        self, name: str, *, pin: bool | None = None, timeout_s: float | None = None
+    ) -> ModelInfo:
         """See `Client.load`."""
-        return await _answer(self._engine, _control.load(name), timeout_s)
+        return await _answer(self._engine, _control.load(name, pin=pin), timeout_s)
 
     async def unload(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """See `Client.unload`."""
@@ -132,6 +134,8 @@ class AsyncClient:
         device: str = "",
         isolation: str = "",
         source_name: str = "",
+        pin: bool | None = None,
+        idle_unload_s: float | None = None,
         timeout_s: float | None = None,
     ) -> ModelInfo:
         """See `Client.register`."""
@@ -144,6 +148,8 @@ class AsyncClient:
             device=device,
             isolation=isolation,
             source_name=found.source_name,
+            pin=pin,
+            idle_unload_s=idle_unload_s,
         )
         return await _answer(self._engine, rpc, timeout_s)
 
@@ -480,9 +486,9 @@ class AsyncModelHandle(HandleCore):
         """Return how the model stands now."""
         return await _answer(self._engine, _control.get_info(self.spec.key))
 
-    async def load(self) -> ModelInfo:
+    async def load(self, *, pin: bool | None = None) -> ModelInfo:
         """Place it on a device; see `Client.load`."""
-        return await _answer(self._engine, _control.load(self.spec.key))
+        return await _answer(self._engine, _control.load(self.spec.key, pin=pin))
 
     async def unload(self) -> ModelInfo:
         """Take it off its devices; see `Client.unload`."""

@@ -34,6 +34,10 @@ class Options:
     """Whether concurrent calls run as one, or how many rows at most; None: where the annotations say so."""
     queue_delay_s: float | None = None
     """How long a call waits for others to run with, in seconds; None: as short as pays."""
+    pin: bool = False
+    """Whether it stays on its device whatever else wants the room."""
+    idle_unload_s: float | None = None
+    """After how long without use it leaves the device, in seconds; 0: never, None: as the server does."""
 
 
 def model(
@@ -46,6 +50,8 @@ def model(
     call_timeout_s: float = 30.0,
     batch: bool | int | None = None,
     queue_delay_s: float | None = None,
+    pin: bool = False,
+    idle_unload_s: float | None = None,
 ) -> Any:
     """Mark a class (or function) as a model; it is returned unchanged and works here as before.
 
@@ -64,6 +70,9 @@ def model(
             a number is the most rows at once; False turns it off.
         queue_delay_s: The longest that a call waits for others to run with; without it a call waits for
             none but those that are known to come at once.
+        pin: Keep it on its device whatever else wants the room.
+        idle_unload_s: Take it off the device after so many seconds without use, although nobody needs the
+            room; 0 means never, and without it the server's own rule holds.
     """
     options = Options(
         name=name,
@@ -72,6 +81,8 @@ def model(
         call_timeout_s=call_timeout_s,
         batch=batch,
         queue_delay_s=queue_delay_s,
+        pin=pin,
+        idle_unload_s=idle_unload_s,
     )
 
     def mark(target: T) -> T:

@@ -116,10 +116,17 @@ def info(model: Model, as_json: Json = False) -> None:
 
 
 @app.command()
-def load(model: Model, as_json: Json = False) -> None:
+def load(
+    model: Model,
+    pin: Annotated[
+        bool | None,
+        typer.Option(help="Keep it on its device whatever else wants the room, or no longer"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Place a model on a device, and wait until it can answer."""
     with _Place.connect() as client:
-        _show(client.load(model), as_json)
+        _show(client.load(model, pin=pin), as_json)
 
 
 @app.command()

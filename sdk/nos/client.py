@@ -117,14 +117,22 @@ class Client:
         """
         return ModelHandle(self._engine, self._engine.wait(_control.get_spec(name), timeout_s))
 
-    def load(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
+    def load(
+        self, name: str, *, pin: bool | None = None, timeout_s: float | None = None
+    ) -> ModelInfo:
         """Place a model on a device; returns when it can answer.
+
+        Args:
+            name: `name` or `name@v3`.
+            pin: Keep it there whatever else wants the room, until the server ends or it is loaded with
+                False; for its owner. None leaves it as it is.
+            timeout_s: Replaces the client's limit.
 
         Raises:
             LoadError: If it cannot be loaded.
             OutOfDeviceMemoryError: If no device has room for it.
         """
-        return self._engine.wait(_control.load(name), timeout_s)
+        return self._engine.wait(_control.load(name, pin=pin), timeout_s)
 
     def unload(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """Take a model off its devices, after its work in flight."""
@@ -140,6 +148,8 @@ class Client:
         device: str = "",
         isolation: str = "",
         source_name: str = "",
+        pin: bool | None = None,
+        idle_unload_s: float | None = None,
         timeout_s: float | None = None,
     ) -> ModelInfo:
         """Make a model of a class, by its source; it runs beside the server's other models, never here.
@@ -152,6 +162,8 @@ class Client:
             device: `auto`, `cpu` or `cuda`.
             isolation: `shared` (with the owner's other models) or `process` (one of its own).
             source_name: Where the source came from, for tracebacks.
+            pin: Whether it stays on its device whatever else wants the room; None: as its source says.
+            idle_unload_s: After how long without use it leaves the device; None: as its source says.
             timeout_s: Replaces the client's limit.
 
         Returns:
@@ -166,6 +178,8 @@ class Client:
             device=device,
             isolation=isolation,
             source_name=found.source_name,
+            pin=pin,
+            idle_unload_s=idle_unload_s,
         )
         return self._engine.wait(rpc, timeout_s)
 
@@ -541,9 +555,9 @@ class ModelHandle(HandleCore):
         """Return how the model stands now."""
         return self._engine.wait(_control.get_info(self.spec.key))
 
-    def load(self) -> ModelInfo:
+    def load(self, *, pin: bool | None = None) -> ModelInfo:
         """Place it on a device; see `Client.load`."""
-        return self._engine.wait(_control.load(self.spec.key))
+        return self._engine.wait(_control.load(self.spec.key, pin=pin))
 
     def unload(self) -> ModelInfo:
         """Take it off its devices; see `Client.unload`."""

@@ -221,6 +221,10 @@ class ModelSpec(_Table):
     """Bytes of its weight files; 0 if it has none or they are not known before loading."""
     call_timeout_s: float = 0.0
     """The longest that one call may run; 0 means no limit."""
+    is_pinned: bool = False
+    """Whether it stays on its device whatever else wants the room."""
+    idle_unload_s: float | None = None
+    """After how long without use it leaves the device; 0: never, None: as the server does with all."""
 
     @property
     def key(self) -> str:
@@ -321,6 +325,7 @@ class ModelInfo(_Table):
             ("device memory", _tables.format_bytes(self.device_bytes)),
             ("owner", self.spec.owner),
             ("takes", f"device {self.spec.device}, isolation {self.spec.isolation}"),
+            ("stays", _stays(self.spec)),
             ("batches", _batches(self.spec.methods)),
         ]
         rows += [
@@ -331,6 +336,15 @@ class ModelInfo(_Table):
         rows += [("moved", str(move)) for move in self.history[-_MOVES_SHOWN:]]
         doc = self.spec.doc.partition("\n")[0]
         return (), rows, f"{self.spec.key}: {doc}" if doc else self.spec.key
+
+
+def _stays(spec: ModelSpec) -> str:
+    """Return how long a model stays on a device, in words."""
+    if spec.is_pinned:
+        return "on its device: pinned"
+    if spec.idle_unload_s:
+        return f"until the room is needed, or {spec.idle_unload_s:g} s without use"
+    return "until the room is needed"
 
 
 def _batches(methods: Sequence[MethodInfo]) -> str:

@@ -100,6 +100,15 @@ def test_an_idle_model_leaves_for_a_call_that_finds_no_room() -> None:
         assert on_device(plane) == ["a", "bb"]
 
 
+@pytest.mark.accept("B2", "B7")
+def test_a_pinned_model_never_leaves_for_a_call() -> None:
+    with plane_of(model("a", 4), model("bb", 4)) as plane:
+        plane.pin(model("bb", 4))
+        (found,) = send(plane, "a", 8)
+        assert isinstance(found, OutOfDeviceMemoryError)
+        assert on_device(plane) == ["a", "bb"]
+
+
 @pytest.mark.accept("B7")
 def test_a_batch_that_does_not_fit_is_split_and_the_cap_is_kept() -> None:
     with plane_of(model("a", 4)) as plane:

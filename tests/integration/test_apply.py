@@ -12,8 +12,10 @@ models:
     class: Net
     init: {by: 3}
     device: cpu
+    pin: true
   - name: applied/inline
     isolation: process
+    idle_unload_s: 600
     inline: |
       class Twice:
           def __call__(self, x: int) -> int:
@@ -53,6 +55,9 @@ def test_models_of_a_file_are_served_and_twice_changes_nothing(apply, client):
     assert first == {"applied/file@v1": "registered", "applied/inline@v1": "registered"}
     assert [client.model(name)(7) for name in ("applied/file", "applied/inline")] == [21, 14]
     assert client.info("applied/inline").spec.isolation == "process"
+    assert client.info("applied/inline").spec.idle_unload_s == 600.0
+    assert client.info("applied/file").spec.is_pinned
+    assert "pinned" in str(client.info("applied/file"))
     assert set(changes(apply(FILE, "--json")).values()) == {"unchanged"}
     third = changes(apply(FILE.replace("by: 3", "by: 4"), "--json"))
     assert third == {"applied/file@v2": "updated", "applied/inline@v1": "unchanged"}
@@ -67,7 +72,10 @@ def test_models_of_a_file_are_served_and_twice_changes_nothing(apply, client):
         ("device: cpu", "device: tpu", "line 7: device: expected auto or cpu or cuda, got 'tpu'"),
         ("source: net.py", "source: no.py", "line 4: source: expected a Python file"),
         ("    source: net.py\n", "", "line 3: the model's code: expected either"),
-        ("applied/inline", "applied/file", "line 8: model 'applied/file' is there twice"),
+        ("applied/inline", "applied/file", "line 9: model 'applied/file' is there twice"),
+        ("pin: true", "pin: 1", "line 8: pin: expected true or false, got 1"),
+        ("_s: 600", "_s: -1", "line 11: idle_unload_s: expected seconds, at least 0, got -1"),
+        ("_s: 600", "_s: long", "line 11: idle_unload_s: expected seconds, got 'long'"),
         ("class: Net", "class: Net\n    class: Net", "line 6: key 'class' is there twice"),
         ("name: applied/file", "name: [1]", "line 3: name: expected text"),
         ("init: {by: 3}", "init: [3]", "line 6: init: expected arguments by name"),

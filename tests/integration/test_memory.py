@@ -28,7 +28,7 @@ import torch
 from torch import nn
 import nos
 
-@nos.model(name="NAME")
+@nos.model(name="NAME"OPTIONS)
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -48,15 +48,18 @@ class Model(nn.Module):
 """
 
 
-def model(name: str, mb: float, *, extra: str = "pass", owner: str = "ann") -> ModelDefinition:
+def model(
+    name: str, mb: float, *, extra: str = "pass", owner: str = "ann", options: str = ""
+) -> ModelDefinition:
     """A model whose weights take so many megabytes."""
     values = {
         "NAME": name,
         "NUMBER": str(len(name) + int(mb)),
         "ROWS": str(int(mb * 1024)),
         "EXTRA": extra,
+        "OPTIONS": options,
     }
-    source = re.sub("NAME|NUMBER|ROWS|EXTRA", lambda found: values[found[0]], SOURCE)
+    source = re.sub("NAME|NUMBER|ROWS|EXTRA|OPTIONS", lambda found: values[found[0]], SOURCE)
     (found,) = definitions(source, f"{name}.py", owner=owner)
     return found
 
@@ -136,6 +139,36 @@ def test_each_policy_keeps_its_own(policy: str) -> None:
         assert on_device(plane) == sorted(set(names) - {LEAVES[policy]})
         (reason,) = [move["reason"] for move in plane.model(f"{LEAVES[policy]}@v1")["history"]][-1:]
         assert reason == "room for d@v1"
+
+
+@pytest.mark.accept("B2")
+@pytest.mark.parametrize("policy", LEAVES)
+def test_a_pinned_model_stays_until_it_is_pinned_no_longer(policy: str) -> None:
+    a, b, c = (model(name, 2) for name in ("a", "b", "c"))
+    given = options(capacity_bytes=5 * MB, eviction=policy, idle_unload_s=0.05)
+    with running_plane({}, memory=given) as plane:
+        plane.pin(a)
+        for name in (b, c, b, c):
+            plane.load(name)
+            assert "a" in on_device(plane)
+        with pytest.raises(OutOfDeviceMemoryError, match=f"{2 * MB} of them pinned"):
+            plane.load(model("large", 4))
+        plane.pin(a, is_pinned=False)
+        wait_for(
+            lambda: on_device(plane) == [], "idle models leave, the pinned one no longer stays"
+        )
+
+
+def test_a_model_says_for_how_long_it_stays_without_use() -> None:
+    brief = model("brief", 1, options=", idle_unload_s=0.1")
+    lasting = model("lasting", 1, options=", idle_unload_s=0")
+    with running_plane(
+        {"brief": brief, "lasting": lasting}, memory=options(idle_unload_s=0.1)
+    ) as plane:
+        wait_for(lambda: plane.model("brief@v1")["state"] == "host", "it leaves")
+        reason = plane.model("brief@v1")["history"][-1]["reason"]
+        assert reason == "idle for 0.1 s"
+        assert plane.model("lasting@v1")["state"] == "device"
 
 
 @pytest.mark.accept("B2")
@@ -315,7 +348,7 @@ def test_a_constructor_that_misbehaves_harms_nobody(extra: str) -> None:
         assert plane.run("a@v1", "pid") == pid
 
 
-@pytest.mark.accept("B1", "B4")
+@pytest.mark.accept("B1", "B2", "B4")
 def test_a_real_server_swaps_and_tells_the_history(tmp_path: Path) -> None:
     import nos
 
@@ -342,6 +375,17 @@ def test_a_real_server_swaps_and_tells_the_history(tmp_path: Path) -> None:
             assert moves("m20")[0] == ("none", "device")
             wait_for(lambda: client.info("m40").state == "host", "the gateway hears of it")
             assert "m20" in str(client.info("m20"))
+            assert client.load("m20", pin=True).spec.is_pinned
+            for name in ("m30", "m40", "m30"):
+                assert np.array_equal(client.model(name)(x), expected[name])
+            with pytest.raises(OutOfDeviceMemoryError, match="pinned"):
+                client.register(model("m50", 50).source)
+                client.load("m50")
+            assert client.info("m20").state == "device"
+            assert "pinned" in str(client.info("m20"))
+            assert not client.load("m20", pin=False).spec.is_pinned
+            assert client.load("m50").state == "device"
+            client.unregister("m50")
             memory = client.memory()
             assert 20 * MB <= memory.total_bytes(tier="device") <= 64 * MB
             assert memory.total_bytes(tier="host") >= 90 * MB

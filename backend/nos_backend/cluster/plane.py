@@ -128,6 +128,11 @@ class ServePlane(SchedulerPlugin):
         model = self._models.get(key)
         if model is None or model.state is _State.FAILED:
             model = self._models[key] = _new_model(definition)
+        elif model.definition != definition:
+            # Another option of the same version, for instance that it is pinned.
+            model.definition = definition
+            if model.state is _State.LOADED:
+                await self._command(model.address, "nos_load", definition=definition)
         if model.state is _State.WAITING:
             refusal = self._place(key, model)
             if refusal in (Refusal.NO_DEVICE, Refusal.NO_ROOM):

@@ -169,7 +169,7 @@ class Catalogue:
             call_timeout_s=spec.call_timeout_s,
         )
         newest = entry.newest if entry is not None else None
-        if newest is not None and _content(newest.definition) == _content(definition):
+        if newest is not None and _content(newest) == _content(Version(definition, spec)):
             return newest
         spec.name = definition.name
         spec.version = self._last_versions.get(definition.name, 0) + 1
@@ -178,6 +178,17 @@ class Catalogue:
         spec.isolation = definition.isolation
         definition = replace(definition, version=spec.version, spec=spec.SerializeToString())
         return Version(definition, spec)
+
+    def pin(self, version: Version, *, is_pinned: bool) -> Version:
+        """Return the version as pinned or not, and serve it so until the server ends."""
+        spec = models_pb2.ModelSpec()
+        spec.CopyFrom(version.spec)
+        spec.is_pinned = is_pinned
+        pinned = Version(replace(version.definition, spec=spec.SerializeToString()), spec)
+        entry = self._entries.get(version.definition.name)
+        if entry is not None and version.definition.version in entry.versions:
+            entry.versions[version.definition.version] = pinned
+        return pinned
 
     def publish(self, version: Version) -> None:
         """Serve a version that was prepared; one that is served already stays as it is."""
@@ -320,8 +331,9 @@ class Catalogue:
             callback(kind, name)
 
 
-def _content(definition: ModelDefinition) -> tuple[Any, ...]:
+def _content(version: Version) -> tuple[Any, ...]:
     """Return what makes two versions the same."""
+    definition, spec = version.definition, version.spec
     return (
         definition.source,
         definition.class_name,
@@ -330,6 +342,8 @@ def _content(definition: ModelDefinition) -> tuple[Any, ...]:
         definition.device,
         definition.isolation,
         definition.call_timeout_s,
+        spec.is_pinned,
+        spec.idle_unload_s if spec.HasField("idle_unload_s") else None,
     )
 
 

@@ -36,6 +36,8 @@ _OPTIONS: Final = (
     "call_timeout_s",
     "batch",
     "queue_delay_s",
+    "pin",
+    "idle_unload_s",
 )
 _NO_METHOD: Final = frozenset(
     {"property", "cached_property", "setter", "getter", "deleter", "overload"}
@@ -341,6 +343,11 @@ def _set_option(
     elif name == "call_timeout_s" and given in {"integer", "real"}:
         spec.call_timeout_s = value.integer if given == "integer" else value.real
         fits = 0 <= spec.call_timeout_s < float("inf")
+    elif name == "pin" and given == "flag":
+        spec.is_pinned, fits = value.flag, True
+    elif name == "idle_unload_s" and given in {"integer", "real"}:
+        spec.idle_unload_s = value.integer if given == "integer" else value.real
+        fits = 0 <= spec.idle_unload_s < float("inf")
     elif name in {"batch", "queue_delay_s"}:
         fits = wish.take(name, value)
     if not fits:
@@ -351,6 +358,8 @@ def _set_option(
             "call_timeout_s": "seconds, 0 for no limit",
             "batch": "True, False, or the most rows at once, at least 1",
             "queue_delay_s": "seconds, at least 0 and at most 60",
+            "pin": "True or False",
+            "idle_unload_s": "seconds, 0 for never",
         }[name]
         raise InvalidRequestError(
             f"{where}: option {name} is wrong", name, wanted, ast.unparse(node)[:80]

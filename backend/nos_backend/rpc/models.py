@@ -96,6 +96,10 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
                 "the source holds several models", "class_name", f"one of {names[:200]}"
             )
         description = descriptions[0]
+        if request.HasField("is_pinned"):
+            description.spec.is_pinned = request.is_pinned
+        if request.HasField("idle_unload_s"):
+            description.spec.idle_unload_s = _idle_unload_s(request.idle_unload_s)
         name = request.name or description.spec.name
         folder = ""
         if request.files:
@@ -119,8 +123,12 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
     async def LoadModel(
         self, request: models_pb2.LoadModelRequest, context: Context
     ) -> models_pb2.LoadModelResponse:
-        """Load a model and wait for it."""
-        await self._resolver.load(self._catalogue.find(request.model))
+        """Load a model and wait for it; its owner may pin it."""
+        version = self._catalogue.find(request.model)
+        if request.HasField("is_pinned"):
+            _check_owner(self._catalogue.entry(request.model))
+            version = self._catalogue.pin(version, is_pinned=request.is_pinned)
+        await self._resolver.load(version)
         return models_pb2.LoadModelResponse(model=await self._info(request.model, max_age_s=0))
 
     async def UnloadModel(
@@ -240,6 +248,14 @@ def _check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise InvalidRequestError(
             f"option {name} is wrong", name, f"one of {', '.join(choices)}", repr(value[:80])
         )
+
+
+def _idle_unload_s(given: float) -> float:
+    if not 0 <= given < float("inf"):
+        raise InvalidRequestError(
+            "option idle_unload_s is wrong", "idle_unload_s", "seconds, 0 for never", f"{given}"
+        )
+    return given
 
 
 def _check_owner(entry: Entry) -> None:

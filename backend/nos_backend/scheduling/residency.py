@@ -481,6 +481,7 @@ class Residency:
             if (
                 limit_s is not None
                 and model.tier is Tier.DEVICE
+                and not model.pinned
                 and not model.running
                 and now_s - max(model.usage.used_s, model.usage.loaded_s) >= limit_s
             ):

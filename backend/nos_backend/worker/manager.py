@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from nos_backend.definition import ModelDefinition
     from nos_backend.worker.entries import Slot
+    from nos_backend.worker.environments import Environments
     from nos_backend.worker.executors import Executor
 
 __all__ = ["ModelManager", "Request"]
@@ -67,6 +68,7 @@ class ModelManager:
         max_concurrent_batches: int | None = None,
         num_threads: int | None = None,
         use_forkserver: bool = True,
+        environments: Environments | None = None,
         on_event: Callable[[str, str, str], None] = _ignore,
     ) -> None:
         """Make a manager without models, on the running event loop.
@@ -81,6 +83,8 @@ class ModelManager:
                 executors as cores run at once, and two threads that contend for a core at OpenMP's
                 spinning barriers were measured 5 to 20 times slower than one.
             use_forkserver: Whether executors are forked from a prepared process.
+            environments: Builds the environments of models that need packages of their own; None refuses
+                such models.
             on_event: Called on the loop with (kind, model key, message). Kinds: `loading`, `loaded`,
                 `unloaded`, `evicted`, `failed`, `quarantined`, `executor-started`, `executor-lost`.
         """
@@ -108,6 +112,7 @@ class ModelManager:
         self._launcher = Launcher(
             num_threads=num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS)),
             use_forkserver=use_forkserver,
+            environments=environments,
         )
         self._store = HostStore(budget_bytes=options.host_bytes, folder=options.folder)
         self._loader = Loader(self._launcher, self._store, self._evicted, self._memory.note_parked)
@@ -170,6 +175,10 @@ class ModelManager:
         await asyncio.shield(entry.ready)
         if entry.error is not None:
             raise entry.error
+        if entry.definition.spec != definition.spec:
+            entry.definition = definition
+            entry.spec = models_pb2.ModelSpec.FromString(definition.spec)
+            self._keep(entry)
         if self._entries.get(entry.key) is entry and entry.gone is None:
             await self._memory.bring(entry.key)
 
@@ -287,17 +296,13 @@ class ModelManager:
 
     async def _load_new(self, entry: Entry) -> None:
         key, started_s = entry.key, self._loop.time()
-        self._on_event("loading", key, "")
+        packages = ", ".join(entry.definition.environment)
+        self._on_event("loading", key, f"with {packages}" if packages else "")
         try:
             self._check_size(entry)
             async with entry.lock:
                 await self._construct(entry)
-            self._memory.add(
-                key,
-                Footprint(weight_bytes=entry.weight_bytes, executor=entry.slot.name),
-                is_pinned=not entry.can_leave,
-                idle_unload_s=self._options.idle_unload_s if entry.can_leave else None,
-            )
+            self._keep(entry)
             await self._memory.bring(key)
         except NosError as error:
             if entry.error is None:
@@ -311,6 +316,18 @@ class ModelManager:
             self._on_event("loaded", key, f"in {entry.load_s:.2f} s")
         async with entry.slot.lock:
             await self._end_if_empty(entry.slot)
+
+    def _keep(self, entry: Entry) -> None:
+        """Say what a model needs, and how long it may stay."""
+        idle_unload_s = self._options.idle_unload_s
+        if entry.spec.HasField("idle_unload_s"):
+            idle_unload_s = entry.spec.idle_unload_s or None
+        self._memory.add(
+            entry.key,
+            Footprint(weight_bytes=entry.weight_bytes, executor=entry.slot.name),
+            is_pinned=entry.spec.is_pinned or not entry.can_leave,
+            idle_unload_s=idle_unload_s if entry.can_leave else None,
+        )
 
     async def _construct(self, entry: Entry) -> None:
         """Construct a model apart, and see where it can be served."""

@@ -26,17 +26,17 @@ from nos.wire.v1 import errors_pb2 as nos_dot_v1_dot_errors__pb2
 from nos.wire.v1 import values_pb2 as nos_dot_v1_dot_values__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13nos/v1/models.proto\x12\x06nos.v1\x1a\x13nos/v1/errors.proto\x1a\x13nos/v1/values.proto\"\'\n\tDimension\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\"\xde\x01\n\x04Type\x12\x1e\n\x04kind\x18\x01 \x01(\x0e\x32\x10.nos.v1.TypeKind\x12\x12\n\nannotation\x18\x02 \x01(\t\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.nos.v1.Dtype\x12\x11\n\thas_shape\x18\x04 \x01(\x08\x12 \n\x05shape\x18\x05 \x03(\x0b\x32\x11.nos.v1.Dimension\x12\x1a\n\x04item\x18\x06 \x01(\x0b\x32\x0c.nos.v1.Type\x12\x1e\n\x07\x63hoices\x18\x07 \x03(\x0b\x32\r.nos.v1.Value\x12\x13\n\x0bis_optional\x18\x08 \x01(\x08\"\x8a\x01\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x04type\x18\x02 \x01(\x0b\x32\x0c.nos.v1.Type\x12\x13\n\x0bhas_default\x18\x03 \x01(\x08\x12\x14\n\x0c\x64\x65\x66\x61ult_text\x18\x04 \x01(\t\x12\x13\n\x0bis_variadic\x18\x05 \x01(\x08\x12\x13\n\x0bis_keywords\x18\x06 \x01(\x08\"^\n\x08\x42\x61tching\x12\x12\n\nparameters\x18\x01 \x03(\t\x12\x10\n\x08max_rows\x18\x02 \x01(\r\x12\x1a\n\rqueue_delay_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_queue_delay_s\"\xa3\x01\n\x06Method\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64oc\x18\x02 \x01(\t\x12%\n\nparameters\x18\x03 \x03(\x0b\x32\x11.nos.v1.Parameter\x12\x1d\n\x07returns\x18\x04 \x01(\x0b\x32\x0c.nos.v1.Type\x12\x14\n\x0cis_generator\x18\x05 \x01(\x08\x12\"\n\x08\x62\x61tching\x18\x06 \x01(\x0b\x32\x10.nos.v1.Batching\"\xcf\x01\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x0b\n\x03\x64oc\x18\x04 \x01(\t\x12\x1f\n\x07methods\x18\x05 \x03(\x0b\x32\x0e.nos.v1.Method\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x11\n\tisolation\x18\x07 \x01(\t\x12\x15\n\rsource_sha256\x18\x08 \x01(\t\x12\x14\n\x0cweight_bytes\x18\t \x01(\x04\x12\x16\n\x0e\x63\x61ll_timeout_s\x18\n \x01(\x01\"q\n\nTransition\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bmoved_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06took_s\x18\x06 \x01(\x01\"\xe4\x01\n\x07Replica\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.nos.v1.ModelState\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bnum_pending\x18\x05 \x01(\r\x12\x14\n\x0cnum_answered\x18\x06 \x01(\x04\x12\x0e\n\x06load_s\x18\x07 \x01(\x01\x12#\n\x07history\x18\x08 \x03(\x0b\x32\x12.nos.v1.Transition\x12\x12\n\nhost_bytes\x18\t \x01(\x04\x12\x0c\n\x04note\x18\n \x01(\t\"\x90\x01\n\tModelInfo\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelSpec\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.nos.v1.ModelState\x12!\n\x08replicas\x18\x03 \x03(\x0b\x32\x0f.nos.v1.Replica\x12\x1c\n\x05\x65rror\x18\x04 \x01(\x0b\x32\r.nos.v1.Error\"$\n\x11ListModelsRequest\x12\x0f\n\x07pattern\x18\x01 \x01(\t\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.nos.v1.ModelInfo\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"8\n\x14GetModelInfoResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"=\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xda\x01\n\x14RegisterModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x12\n\nclass_name\x18\x03 \x01(\t\x12(\n\x0einit_arguments\x18\x04 \x03(\x0b\x32\x10.nos.v1.Argument\x12 \n\x05\x66iles\x18\x05 \x03(\x0b\x32\x11.nos.v1.ModelFile\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x11\n\tisolation\x18\x07 \x01(\t\x12\x13\n\x0bsource_name\x18\x08 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"9\n\x15RegisterModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"!\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x13UnloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"#\n\x12\x44\x65leteModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteModelResponse\"N\n\x11ScaleModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmin_replicas\x18\x02 \x01(\r\x12\x14\n\x0cmax_replicas\x18\x03 \x01(\r\"6\n\x12ScaleModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"\x14\n\x12WatchModelsRequest\"K\n\x13WatchModelsResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\x12\x12\n\nis_deleted\x18\x02 \x01(\x08*\xf4\x01\n\x08TypeKind\x12\x19\n\x15TYPE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10TYPE_KIND_TENSOR\x10\x01\x12\x13\n\x0fTYPE_KIND_IMAGE\x10\x02\x12\x12\n\x0eTYPE_KIND_TEXT\x10\x03\x12\x13\n\x0fTYPE_KIND_BYTES\x10\x04\x12\x15\n\x11TYPE_KIND_INTEGER\x10\x05\x12\x12\n\x0eTYPE_KIND_REAL\x10\x06\x12\x12\n\x0eTYPE_KIND_FLAG\x10\x07\x12\x12\n\x0eTYPE_KIND_LIST\x10\x08\x12\x12\n\x0eTYPE_KIND_DICT\x10\t\x12\x12\n\x0eTYPE_KIND_NONE\x10\n*\xba\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16MODEL_STATE_REGISTERED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_DEVICE\x10\x03\x12\x14\n\x10MODEL_STATE_HOST\x10\x04\x12\x14\n\x10MODEL_STATE_DISK\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06\x32\xcd\x04\n\x0cModelService\x12\x43\n\nListModels\x12\x19.nos.v1.ListModelsRequest\x1a\x1a.nos.v1.ListModelsResponse\x12I\n\x0cGetModelInfo\x12\x1b.nos.v1.GetModelInfoRequest\x1a\x1c.nos.v1.GetModelInfoResponse\x12L\n\rRegisterModel\x12\x1c.nos.v1.RegisterModelRequest\x1a\x1d.nos.v1.RegisterModelResponse\x12@\n\tLoadModel\x12\x18.nos.v1.LoadModelRequest\x1a\x19.nos.v1.LoadModelResponse\x12\x46\n\x0bUnloadModel\x12\x1a.nos.v1.UnloadModelRequest\x1a\x1b.nos.v1.UnloadModelResponse\x12\x46\n\x0b\x44\x65leteModel\x12\x1a.nos.v1.DeleteModelRequest\x1a\x1b.nos.v1.DeleteModelResponse\x12\x43\n\nScaleModel\x12\x19.nos.v1.ScaleModelRequest\x1a\x1a.nos.v1.ScaleModelResponse\x12H\n\x0bWatchModels\x12\x1a.nos.v1.WatchModelsRequest\x1a\x1b.nos.v1.WatchModelsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13nos/v1/models.proto\x12\x06nos.v1\x1a\x13nos/v1/errors.proto\x1a\x13nos/v1/values.proto\"\'\n\tDimension\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\"\xde\x01\n\x04Type\x12\x1e\n\x04kind\x18\x01 \x01(\x0e\x32\x10.nos.v1.TypeKind\x12\x12\n\nannotation\x18\x02 \x01(\t\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.nos.v1.Dtype\x12\x11\n\thas_shape\x18\x04 \x01(\x08\x12 \n\x05shape\x18\x05 \x03(\x0b\x32\x11.nos.v1.Dimension\x12\x1a\n\x04item\x18\x06 \x01(\x0b\x32\x0c.nos.v1.Type\x12\x1e\n\x07\x63hoices\x18\x07 \x03(\x0b\x32\r.nos.v1.Value\x12\x13\n\x0bis_optional\x18\x08 \x01(\x08\"\x8a\x01\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x04type\x18\x02 \x01(\x0b\x32\x0c.nos.v1.Type\x12\x13\n\x0bhas_default\x18\x03 \x01(\x08\x12\x14\n\x0c\x64\x65\x66\x61ult_text\x18\x04 \x01(\t\x12\x13\n\x0bis_variadic\x18\x05 \x01(\x08\x12\x13\n\x0bis_keywords\x18\x06 \x01(\x08\"^\n\x08\x42\x61tching\x12\x12\n\nparameters\x18\x01 \x03(\t\x12\x10\n\x08max_rows\x18\x02 \x01(\r\x12\x1a\n\rqueue_delay_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_queue_delay_s\"\xa3\x01\n\x06Method\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64oc\x18\x02 \x01(\t\x12%\n\nparameters\x18\x03 \x03(\x0b\x32\x11.nos.v1.Parameter\x12\x1d\n\x07returns\x18\x04 \x01(\x0b\x32\x0c.nos.v1.Type\x12\x14\n\x0cis_generator\x18\x05 \x01(\x08\x12\"\n\x08\x62\x61tching\x18\x06 \x01(\x0b\x32\x10.nos.v1.Batching\"\x90\x02\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x0b\n\x03\x64oc\x18\x04 \x01(\t\x12\x1f\n\x07methods\x18\x05 \x03(\x0b\x32\x0e.nos.v1.Method\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x11\n\tisolation\x18\x07 \x01(\t\x12\x15\n\rsource_sha256\x18\x08 \x01(\t\x12\x14\n\x0cweight_bytes\x18\t \x01(\x04\x12\x16\n\x0e\x63\x61ll_timeout_s\x18\n \x01(\x01\x12\x11\n\tis_pinned\x18\x10 \x01(\x08\x12\x1a\n\ridle_unload_s\x18\x11 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_idle_unload_s\"q\n\nTransition\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bmoved_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06took_s\x18\x06 \x01(\x01\"\xe4\x01\n\x07Replica\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.nos.v1.ModelState\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bnum_pending\x18\x05 \x01(\r\x12\x14\n\x0cnum_answered\x18\x06 \x01(\x04\x12\x0e\n\x06load_s\x18\x07 \x01(\x01\x12#\n\x07history\x18\x08 \x03(\x0b\x32\x12.nos.v1.Transition\x12\x12\n\nhost_bytes\x18\t \x01(\x04\x12\x0c\n\x04note\x18\n \x01(\t\"\x90\x01\n\tModelInfo\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelSpec\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.nos.v1.ModelState\x12!\n\x08replicas\x18\x03 \x03(\x0b\x32\x0f.nos.v1.Replica\x12\x1c\n\x05\x65rror\x18\x04 \x01(\x0b\x32\r.nos.v1.Error\"$\n\x11ListModelsRequest\x12\x0f\n\x07pattern\x18\x01 \x01(\t\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.nos.v1.ModelInfo\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"8\n\x14GetModelInfoResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"=\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\xae\x02\n\x14RegisterModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x12\n\nclass_name\x18\x03 \x01(\t\x12(\n\x0einit_arguments\x18\x04 \x03(\x0b\x32\x10.nos.v1.Argument\x12 \n\x05\x66iles\x18\x05 \x03(\x0b\x32\x11.nos.v1.ModelFile\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x11\n\tisolation\x18\x07 \x01(\t\x12\x13\n\x0bsource_name\x18\x08 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x12\x16\n\tis_pinned\x18\x10 \x01(\x08H\x00\x88\x01\x01\x12\x1a\n\ridle_unload_s\x18\x11 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_is_pinnedB\x10\n\x0e_idle_unload_s\"9\n\x15RegisterModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"G\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\tis_pinned\x18\x10 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_is_pinned\"5\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x13UnloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"#\n\x12\x44\x65leteModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteModelResponse\"N\n\x11ScaleModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmin_replicas\x18\x02 \x01(\r\x12\x14\n\x0cmax_replicas\x18\x03 \x01(\r\"6\n\x12ScaleModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\"\x14\n\x12WatchModelsRequest\"K\n\x13WatchModelsResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.nos.v1.ModelInfo\x12\x12\n\nis_deleted\x18\x02 \x01(\x08*\xf4\x01\n\x08TypeKind\x12\x19\n\x15TYPE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10TYPE_KIND_TENSOR\x10\x01\x12\x13\n\x0fTYPE_KIND_IMAGE\x10\x02\x12\x12\n\x0eTYPE_KIND_TEXT\x10\x03\x12\x13\n\x0fTYPE_KIND_BYTES\x10\x04\x12\x15\n\x11TYPE_KIND_INTEGER\x10\x05\x12\x12\n\x0eTYPE_KIND_REAL\x10\x06\x12\x12\n\x0eTYPE_KIND_FLAG\x10\x07\x12\x12\n\x0eTYPE_KIND_LIST\x10\x08\x12\x12\n\x0eTYPE_KIND_DICT\x10\t\x12\x12\n\x0eTYPE_KIND_NONE\x10\n*\xba\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16MODEL_STATE_REGISTERED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_DEVICE\x10\x03\x12\x14\n\x10MODEL_STATE_HOST\x10\x04\x12\x14\n\x10MODEL_STATE_DISK\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06\x32\xcd\x04\n\x0cModelService\x12\x43\n\nListModels\x12\x19.nos.v1.ListModelsRequest\x1a\x1a.nos.v1.ListModelsResponse\x12I\n\x0cGetModelInfo\x12\x1b.nos.v1.GetModelInfoRequest\x1a\x1c.nos.v1.GetModelInfoResponse\x12L\n\rRegisterModel\x12\x1c.nos.v1.RegisterModelRequest\x1a\x1d.nos.v1.RegisterModelResponse\x12@\n\tLoadModel\x12\x18.nos.v1.LoadModelRequest\x1a\x19.nos.v1.LoadModelResponse\x12\x46\n\x0bUnloadModel\x12\x1a.nos.v1.UnloadModelRequest\x1a\x1b.nos.v1.UnloadModelResponse\x12\x46\n\x0b\x44\x65leteModel\x12\x1a.nos.v1.DeleteModelRequest\x1a\x1b.nos.v1.DeleteModelResponse\x12\x43\n\nScaleModel\x12\x19.nos.v1.ScaleModelRequest\x1a\x1a.nos.v1.ScaleModelResponse\x12H\n\x0bWatchModels\x12\x1a.nos.v1.WatchModelsRequest\x1a\x1b.nos.v1.WatchModelsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nos.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TYPEKIND']._serialized_start=2459
-  _globals['_TYPEKIND']._serialized_end=2703
-  _globals['_MODELSTATE']._serialized_start=2706
-  _globals['_MODELSTATE']._serialized_end=2892
+  _globals['_TYPEKIND']._serialized_start=2646
+  _globals['_TYPEKIND']._serialized_end=2890
+  _globals['_MODELSTATE']._serialized_start=2893
+  _globals['_MODELSTATE']._serialized_end=3079
   _globals['_DIMENSION']._serialized_start=73
   _globals['_DIMENSION']._serialized_end=112
   _globals['_TYPE']._serialized_start=115
@@ -48,47 +48,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METHOD']._serialized_start=577
   _globals['_METHOD']._serialized_end=740
   _globals['_MODELSPEC']._serialized_start=743
-  _globals['_MODELSPEC']._serialized_end=950
-  _globals['_TRANSITION']._serialized_start=952
-  _globals['_TRANSITION']._serialized_end=1065
-  _globals['_REPLICA']._serialized_start=1068
-  _globals['_REPLICA']._serialized_end=1296
-  _globals['_MODELINFO']._serialized_start=1299
-  _globals['_MODELINFO']._serialized_end=1443
-  _globals['_LISTMODELSREQUEST']._serialized_start=1445
-  _globals['_LISTMODELSREQUEST']._serialized_end=1481
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1483
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1538
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1540
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1576
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1578
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1634
-  _globals['_MODELFILE']._serialized_start=1636
-  _globals['_MODELFILE']._serialized_end=1697
-  _globals['_REGISTERMODELREQUEST']._serialized_start=1700
-  _globals['_REGISTERMODELREQUEST']._serialized_end=1918
-  _globals['_REGISTERMODELRESPONSE']._serialized_start=1920
-  _globals['_REGISTERMODELRESPONSE']._serialized_end=1977
-  _globals['_LOADMODELREQUEST']._serialized_start=1979
-  _globals['_LOADMODELREQUEST']._serialized_end=2012
-  _globals['_LOADMODELRESPONSE']._serialized_start=2014
-  _globals['_LOADMODELRESPONSE']._serialized_end=2067
-  _globals['_UNLOADMODELREQUEST']._serialized_start=2069
-  _globals['_UNLOADMODELREQUEST']._serialized_end=2104
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=2106
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=2161
-  _globals['_DELETEMODELREQUEST']._serialized_start=2163
-  _globals['_DELETEMODELREQUEST']._serialized_end=2198
-  _globals['_DELETEMODELRESPONSE']._serialized_start=2200
-  _globals['_DELETEMODELRESPONSE']._serialized_end=2221
-  _globals['_SCALEMODELREQUEST']._serialized_start=2223
-  _globals['_SCALEMODELREQUEST']._serialized_end=2301
-  _globals['_SCALEMODELRESPONSE']._serialized_start=2303
-  _globals['_SCALEMODELRESPONSE']._serialized_end=2357
-  _globals['_WATCHMODELSREQUEST']._serialized_start=2359
-  _globals['_WATCHMODELSREQUEST']._serialized_end=2379
-  _globals['_WATCHMODELSRESPONSE']._serialized_start=2381
-  _globals['_WATCHMODELSRESPONSE']._serialized_end=2456
-  _globals['_MODELSERVICE']._serialized_start=2895
-  _globals['_MODELSERVICE']._serialized_end=3484
+  _globals['_MODELSPEC']._serialized_end=1015
+  _globals['_TRANSITION']._serialized_start=1017
+  _globals['_TRANSITION']._serialized_end=1130
+  _globals['_REPLICA']._serialized_start=1133
+  _globals['_REPLICA']._serialized_end=1361
+  _globals['_MODELINFO']._serialized_start=1364
+  _globals['_MODELINFO']._serialized_end=1508
+  _globals['_LISTMODELSREQUEST']._serialized_start=1510
+  _globals['_LISTMODELSREQUEST']._serialized_end=1546
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1548
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1603
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1605
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1641
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1643
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1699
+  _globals['_MODELFILE']._serialized_start=1701
+  _globals['_MODELFILE']._serialized_end=1762
+  _globals['_REGISTERMODELREQUEST']._serialized_start=1765
+  _globals['_REGISTERMODELREQUEST']._serialized_end=2067
+  _globals['_REGISTERMODELRESPONSE']._serialized_start=2069
+  _globals['_REGISTERMODELRESPONSE']._serialized_end=2126
+  _globals['_LOADMODELREQUEST']._serialized_start=2128
+  _globals['_LOADMODELREQUEST']._serialized_end=2199
+  _globals['_LOADMODELRESPONSE']._serialized_start=2201
+  _globals['_LOADMODELRESPONSE']._serialized_end=2254
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2256
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2291
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2293
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2348
+  _globals['_DELETEMODELREQUEST']._serialized_start=2350
+  _globals['_DELETEMODELREQUEST']._serialized_end=2385
+  _globals['_DELETEMODELRESPONSE']._serialized_start=2387
+  _globals['_DELETEMODELRESPONSE']._serialized_end=2408
+  _globals['_SCALEMODELREQUEST']._serialized_start=2410
+  _globals['_SCALEMODELREQUEST']._serialized_end=2488
+  _globals['_SCALEMODELRESPONSE']._serialized_start=2490
+  _globals['_SCALEMODELRESPONSE']._serialized_end=2544
+  _globals['_WATCHMODELSREQUEST']._serialized_start=2546
+  _globals['_WATCHMODELSREQUEST']._serialized_end=2566
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=2568
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=2643
+  _globals['_MODELSERVICE']._serialized_start=3082
+  _globals['_MODELSERVICE']._serialized_end=3671
 # @@protoc_insertion_point(module_scope)

@@ -345,6 +345,8 @@ class ModelSpec(_message.Message):
     SOURCE_SHA256_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     CALL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    IS_PINNED_FIELD_NUMBER: _builtins.int
+    IDLE_UNLOAD_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, for instance `nos/digits`."""
     version: _builtins.int
@@ -363,6 +365,12 @@ class ModelSpec(_message.Message):
     """Bytes of its weight files; 0 if it has none or they are not known before loading."""
     call_timeout_s: _builtins.float
     """The longest that one call may run, in seconds, before its executor is ended."""
+    is_pinned: _builtins.bool
+    """Whether it stays on its device whatever else wants the room."""
+    idle_unload_s: _builtins.float
+    """After how many seconds without use it leaves the device although nobody needs the room; 0 means never,
+    absent what the server does with all models.
+    """
     @_builtins.property
     def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___Method]:
         """Its public methods."""
@@ -380,12 +388,16 @@ class ModelSpec(_message.Message):
         source_sha256: _builtins.str = ...,
         weight_bytes: _builtins.int = ...,
         call_timeout_s: _builtins.float = ...,
+        is_pinned: _builtins.bool = ...,
+        idle_unload_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "idle_unload_s", b"idle_unload_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_timeout_s", b"call_timeout_s", "device", b"device", "doc", b"doc", "isolation", b"isolation", "methods", b"methods", "name", b"name", "owner", b"owner", "source_sha256", b"source_sha256", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "call_timeout_s", b"call_timeout_s", "device", b"device", "doc", b"doc", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned", "isolation", b"isolation", "methods", b"methods", "name", b"name", "owner", b"owner", "source_sha256", b"source_sha256", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__idle_unload_s: _TypeAlias = _typing.Literal["idle_unload_s"]  # noqa: Y015
+    _WhichOneofArgType__idle_unload_s: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__idle_unload_s) -> _WhichOneofReturnType__idle_unload_s | None: ...
 
 Global___ModelSpec: _TypeAlias = ModelSpec  # noqa: Y015
 
@@ -668,6 +680,8 @@ class RegisterModelRequest(_message.Message):
     ISOLATION_FIELD_NUMBER: _builtins.int
     SOURCE_NAME_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    IS_PINNED_FIELD_NUMBER: _builtins.int
+    IDLE_UNLOAD_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: letters, digits, `.`, `_`, `-`, with `/` between parts; at most 200 characters."""
     source: _builtins.str
@@ -682,6 +696,10 @@ class RegisterModelRequest(_message.Message):
     """Where the source came from, for tracebacks, for instance `<notebook cell 7>`."""
     data: _builtins.bytes
     """Bytes of the tensors and media in `init_arguments`."""
+    is_pinned: _builtins.bool
+    """As in `ModelSpec`; absent leaves it to the source."""
+    idle_unload_s: _builtins.float
+    """As in `ModelSpec`, in seconds; absent leaves it to the source."""
     @_builtins.property
     def init_arguments(self) -> _containers.RepeatedCompositeFieldContainer[_values_pb2.Argument]:
         """What `__init__` is called with."""
@@ -702,12 +720,21 @@ class RegisterModelRequest(_message.Message):
         isolation: _builtins.str = ...,
         source_name: _builtins.str = ...,
         data: _builtins.bytes = ...,
+        is_pinned: _builtins.bool | None = ...,
+        idle_unload_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_name", b"class_name", "data", b"data", "device", b"device", "files", b"files", "init_arguments", b"init_arguments", "isolation", b"isolation", "name", b"name", "source", b"source", "source_name", b"source_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "class_name", b"class_name", "data", b"data", "device", b"device", "files", b"files", "idle_unload_s", b"idle_unload_s", "init_arguments", b"init_arguments", "is_pinned", b"is_pinned", "isolation", b"isolation", "name", b"name", "source", b"source", "source_name", b"source_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__idle_unload_s: _TypeAlias = _typing.Literal["idle_unload_s"]  # noqa: Y015
+    _WhichOneofArgType__idle_unload_s: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s"]  # noqa: Y015
+    _WhichOneofReturnType__is_pinned: _TypeAlias = _typing.Literal["is_pinned"]  # noqa: Y015
+    _WhichOneofArgType__is_pinned: _TypeAlias = _typing.Literal["_is_pinned", b"_is_pinned"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__idle_unload_s) -> _WhichOneofReturnType__idle_unload_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__is_pinned) -> _WhichOneofReturnType__is_pinned | None: ...
 
 Global___RegisterModelRequest: _TypeAlias = RegisterModelRequest  # noqa: Y015
 
@@ -742,18 +769,24 @@ class LoadModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    IS_PINNED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`name` or `name@v3`."""
+    is_pinned: _builtins.bool
+    """Pin it from now on, or no longer, until the server ends; absent leaves it as it is. For its owner."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        is_pinned: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_pinned", b"_is_pinned", "is_pinned", b"is_pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_pinned", b"_is_pinned", "is_pinned", b"is_pinned", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__is_pinned: _TypeAlias = _typing.Literal["is_pinned"]  # noqa: Y015
+    _WhichOneofArgType__is_pinned: _TypeAlias = _typing.Literal["_is_pinned", b"_is_pinned"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__is_pinned) -> _WhichOneofReturnType__is_pinned | None: ...
 
 Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
 
