@@ -3,7 +3,7 @@
 Every operator's outputs pass through a dispatch mode that counts the storages which are alive. The same mode
 runs on real tensors (measured) and on a twin whose tensors are on the meta device (predicted: shapes are
 computed, no byte is touched). What an operator allocates inside itself (convolution reordering, cuDNN and
-cuBLAS workspaces) is seen by neither; the caller adds room for it until the device itself was measured.
+cuBLAS workspaces) is seen by neither.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from nos_backend.executor.flat import find_modules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 #: CUDA's caching allocator rounds every request up to this.
 _ROUNDING_BYTES = 512
-#: A third batch size within this share of the line through the others is on the line.
-_LINEAR_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,106 +53,62 @@ class Measurement:
     peak_bytes: int
     """The most that was alive at once, inputs and weights excluded."""
     flops: int
-    """Multiply-adds counted twice, as torch's FlopCounterMode does."""
+    """Multiply-adds counted twice, by the formulas of torch's flop counter."""
     modules: tuple[ModuleUse, ...]
     """In the order in which they first ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationFit:
-    """Peak bytes over the batch size: a line where it is one, else the points."""
-
-    base_bytes: float
-    """At batch size 0."""
-    item_bytes: float
-    """Per item."""
-    points: tuple[tuple[int, int], ...]
-    """(batch size, peak bytes), in order."""
-    is_linear: bool
-    """Whether all points lie on the line."""
-
-    def at(self, batch_size: int) -> int:
-        """Return the bytes to expect; never below a measured point of a smaller batch."""
-        line = round(self.base_bytes + self.item_bytes * batch_size)
-        return max([line, *(peak for size, peak in self.points if size <= batch_size)])
-
-
-def fit(measurements: Sequence[Measurement]) -> ActivationFit:
-    """Fit a line through the first and the last measurement and see whether the others lie on it.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if not measurements:
-        raise ValueError("no measurement to fit")
-    points = tuple(sorted((m.batch_size, m.peak_bytes) for m in measurements))
-    (first, low), (last, high) = points[0], points[-1]
-    slope = (high - low) / (last - first) if last > first else 0.0
-    base = low - slope * first
-    is_linear = all(
-        abs(base + slope * size - peak) <= _LINEAR_TOLERANCE * max(1, peak) for size, peak in points
-    )
-    if not is_linear:
-        slope = max(slope, *(peak / size for size, peak in points))
-        base = 0.0
-    return ActivationFit(base, slope, points, is_linear)
-
-
 def measure(
-    model: Any, call: Callable[..., Any], arguments: Sequence[Any], batch_size: int
+    model: Any,
+    call: Callable[..., Any],
+    arguments: Sequence[Any],
+    batch_size: int,
+    named: Mapping[str, Any] | None = None,
 ) -> Measurement:
-    """Run `call(*arguments)` once and count what it needs.
+    """Run `call(*arguments, **named)` once and count what it needs.
 
     Args:
         model: The object whose modules run, for the breakdown.
         call: The model itself or one of its methods.
         arguments: Real tensors measure; meta tensors together with `on_meta` predict.
         batch_size: What the arguments hold; only noted.
+        named: Arguments by name.
 
     Raises:
         Exception: Whatever the model raises.
     """
-    known = [leaf for leaf in tree_leaves(list(arguments)) if isinstance(leaf, torch.Tensor)]
+    given = dict(named or {})
+    leaves = tree_leaves([list(arguments), given])
+    known = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     for _, module in find_modules(model):
         known += [*module.parameters(), *module.buffers()]
-    flops = FlopCounterMode(display=False)
-    with torch.no_grad(), _watched(model, known) as (tracker, uses), flops, tracker:
-        result = call(*arguments)
+    with torch.no_grad(), _watched(model, known) as (tracker, uses), tracker:
+        result = call(*arguments, **given)
         del result
     return Measurement(
         batch_size=batch_size,
         peak_bytes=tracker.peak_bytes,
-        flops=flops.get_total_flops(),
+        flops=tracker.flops,
         modules=tuple(uses.values()),
     )
 
 
 def predict(
-    model: Any, call: Callable[..., Any], arguments: Sequence[Any], batch_sizes: Sequence[int]
-) -> list[Measurement]:
-    """Predict forward passes without running them, from one example item.
-
-    Args:
-        model: The object whose modules run; its weights are left as they are.
-        call: The model itself or one of its methods.
-        arguments: One example; the first dimension of every tensor in it is the batch.
-        batch_sizes: What to predict.
+    model: Any,
+    call: Callable[..., Any],
+    arguments: Sequence[Any],
+    batch_size: int,
+    named: Mapping[str, Any] | None = None,
+) -> Measurement:
+    """Say what `measure` would, without running the pass and with as good as no memory.
 
     Raises:
         Exception: Whatever the model raises on meta tensors, for instance where its code looks at values;
             such a model must be measured instead.
     """
-    found = []
     with on_meta(model):
-        for batch_size in batch_sizes:
-
-            def resize(tensor: torch.Tensor, size: int = batch_size) -> torch.Tensor:
-                shape = (size, *tensor.shape[1:]) if tensor.ndim else ()
-                return torch.empty(shape, dtype=tensor.dtype, device="meta")
-
-            resized = tree_map_only(torch.Tensor, resize, list(arguments))
-            found.append(measure(model, call, resized, batch_size))
-    return found
+        args, given = tree_map_only(torch.Tensor, _twin, (list(arguments), dict(named or {})))
+        return measure(model, call, args, batch_size, given)
 
 
 @contextmanager
@@ -185,16 +139,32 @@ class _Tracker(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch._python_dispatch is untyped
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.flops = 0
         #: The most since it was set to the live bytes last, for the module that runs.
         self.local_peak_bytes = 0
         #: Storages that are counted, or that were there before and are not.
         self._seen: set[int] = {tensor.untyped_storage()._cdata for tensor in known}  # noqa: SLF001
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from importing its compiler for this class: that takes over a second."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        count_flops = flop_registry.get(func._overloadpacket)  # noqa: SLF001 - the key of torch's own table
+        if count_flops is None:
+            # In inference mode operators that stand for several arrive whole.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if count_flops is not None:
+            self.flops += count_flops(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())

@@ -1,4 +1,4 @@
-"""What worker and executor say to each other: JSON messages, each after its length in four bytes.
+"""What worker and executor say to each other: messages after their length in four bytes, JSON but for two.
 
 ::
 
@@ -11,9 +11,13 @@
                                             + weights, skeleton: serves what was constructed anywhere
         evict     id, key                               takes the weights off the device
         reload    id, key                               brings them back
+        predict   id, key, method, args, joined, sizes, limit_s, size_bytes
+        measure   id, key, method, args, joined, rows, limit_s, size_bytes
+                                            + the sample's bytes: what a method needs at these sizes
         fds                                 + the descriptors of the next message, whose `num_fds` counts them
         unload  key
         call    id, key, method, args, block            items, then one result, end or error follow
+        forget                                          the forms that calls were given names for
         cancel  id
         free                                            carries nothing but what every message may carry:
                                                         `free`, offsets in the output arena, and
@@ -22,7 +26,8 @@
         ready
         done    id, took_s                              load: weight_bytes; construct: size_bytes (weights),
                                                         skeleton_bytes (0: cannot be moved), reason (why),
-                                                        loose (tensors that are in no run)
+                                                        loose (tensors that are in no run);
+                                                        predict, measure: points
         failed  id, error
         result  id, node, block, compute_s, kept
         item    id, node, block, compute_s
@@ -36,6 +41,10 @@
 for a batch has `pieces` beside it, (offset in the arena, size, offset in the block) each, of which the
 executor makes the block. `kept` says that
 the model still holds views of the call's input, whose block is therefore not to be used again yet.
+
+Most calls differ from one before them in their id and block only. So a call may have `form`, a number for its
+key, method and args; one that comes later with the same is `ShortCall`, and what tensors it results in
+`ShortResult`: a byte that no JSON starts with, and numbers.
 """
 
 from __future__ import annotations
@@ -43,10 +52,17 @@ from __future__ import annotations
 import json
 import math
 import struct
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 _LENGTH: Final = struct.Struct("<I")
-#: `json.dumps` would make an encoder for every message.
+_SHORT_CALL: Final = struct.Struct("<IBQQQQH")
+_SHORT_RESULT: Final = struct.Struct("<IBQQQd?")
+_OFFSET: Final = struct.Struct("<Q")
+_CALL, _RESULT = 1, 2
+#: The most offsets that a short call gives back.
+MAX_SHORT_FREED: Final = 64
+#: `json.dumps` would make an encoder for every message, `json.loads` look for the encoding.
+_decode: Final = json.JSONDecoder().decode
 _encode: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 MAX_MESSAGE_BYTES: Final = 64 << 20
 #: What a result may hold outside its block: characters of text, and `NODE_BYTES` for every node. JSON
@@ -83,48 +99,125 @@ class MalformedError(ValueError):
     """The peer sent what this protocol does not allow."""
 
 
+class ShortCall(NamedTuple):
+    """A call in a form that the executor knows."""
+
+    id: int
+    form: int
+    offset: int
+    """Of its block in the input arena, and its bytes; both 0 if it has none."""
+    size: int
+    freed: list[int]
+    """Offsets in the output arena."""
+
+    def encode(self) -> bytes:
+        """Return the message with its length in front."""
+        call_id, form, offset, size, freed = self
+        length = _SHORT_CALL.size - _LENGTH.size + len(freed) * _OFFSET.size
+        head = _SHORT_CALL.pack(length, _CALL, call_id, form, offset, size, len(freed))
+        return head + b"".join(map(_OFFSET.pack, freed)) if freed else head
+
+
+class ShortResult(NamedTuple):
+    """The result of a call, with bytes in the output arena."""
+
+    id: int
+    offset: int
+    """Of its block in the output arena, and its bytes."""
+    size: int
+    compute_s: float
+    is_kept: bool
+    node: bytes
+    """JSON."""
+
+    def encode(self) -> bytes:
+        """Return the message with its length in front."""
+        call_id, offset, size, compute_s, is_kept, node = self
+        length = _SHORT_RESULT.size - _LENGTH.size + len(node)
+        head = _SHORT_RESULT.pack(length, _RESULT, call_id, offset, size, compute_s, is_kept)
+        return head + node
+
+
+Message: TypeAlias = dict[str, Any] | ShortCall | ShortResult
+
+
 def encode(message: dict[str, Any]) -> bytes:
     """Return the message with its length in front."""
     body = _encode(message).encode()
     return _LENGTH.pack(len(body)) + body
 
 
+def encode_node(node: Any) -> bytes:
+    """Return a node as JSON."""
+    return _encode(node).encode()
+
+
 class Decoder:
     """Cuts a stream of bytes into messages."""
 
     def __init__(self) -> None:
+        #: The beginning of a message.
         self._pending = bytearray()
 
-    def feed(self, data: bytes) -> list[dict[str, Any]]:
+    def feed(self, data: bytes) -> list[Message]:
         """Return the messages that are complete with `data`.
 
         Raises:
-            MalformedError: If a message is too long or no JSON object.
+            MalformedError: If a message is too long, or none of this protocol's.
         """
-        self._pending += data
+        pending = self._pending
+        received: bytes | bytearray = data
+        if pending:
+            pending += data
+            received = pending
         messages = []
-        start = 0
-        while len(self._pending) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._pending, start)
+        start, size = 0, len(received)
+        while size - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(received, start)
             if length > MAX_MESSAGE_BYTES:
                 raise MalformedError(f"a message of {length} bytes")
             end = start + _LENGTH.size + length
-            if len(self._pending) < end:
+            if size < end:
                 break
-            messages.append(_parse(bytes(self._pending[start + _LENGTH.size : end])))
+            messages.append(_parse(received, start, end))
             start = end
-        del self._pending[:start]
+        if received is pending:
+            del pending[:start]
+        else:
+            pending += data[start:]
         return messages
 
 
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        message = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError("no JSON") from error
+def _parse(received: bytes | bytearray, start: int, end: int) -> Message:
+    """Return the message that lies, with its length, in that part of what was received."""
+    kind = received[start + _LENGTH.size] if end - start > _LENGTH.size else None
+    if kind == _CALL and end - start >= _SHORT_CALL.size:
+        _, _, call_id, form, offset, size, num_freed = _SHORT_CALL.unpack_from(received, start)
+        start += _SHORT_CALL.size
+        if end - start != num_freed * _OFFSET.size:
+            raise MalformedError("a call of another length")
+        freed = [offset for (offset,) in _OFFSET.iter_unpack(received[start:end])]
+        return ShortCall(call_id, form, offset, size, freed)
+    if kind == _RESULT and end - start >= _SHORT_RESULT.size:
+        _, _, call_id, offset, size, compute_s, is_kept = _SHORT_RESULT.unpack_from(received, start)
+        node = bytes(received[start + _SHORT_RESULT.size : end])
+        return ShortResult(call_id, offset, size, compute_s, is_kept, node)
+    message = decode_json(received[start + _LENGTH.size : end])
     if not isinstance(message, dict):
         raise MalformedError("no object")
     return message
+
+
+def decode_json(raw: bytes | bytearray) -> Any:
+    """Return what JSON from an untrusted peer says.
+
+    Raises:
+        MalformedError: If it is none.
+    """
+    try:
+        return _decode(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise MalformedError("no JSON") from error
 
 
 def check_block(block: Any, arena_bytes: int) -> tuple[int, int]:

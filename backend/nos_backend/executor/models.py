@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from nos_backend.executor import flat, loading, skeleton
+from nos_backend.executor import flat, loading, profiling, skeleton
 from nos_backend.executor.devices import Device, is_out_of_memory, open_device, return_memory
 from nos_backend.executor.failures import RefusedError
 
@@ -78,6 +78,8 @@ class Models:
             "bind": self._bind,
             "evict": self._evict,
             "reload": self._reload,
+            "predict": self._predict,
+            "measure": self._measure,
         }
 
     def get(self, key: str) -> loading.Model:
@@ -240,6 +242,20 @@ class Models:
                 tensor.detach().copy_(kept)
             hosted.saved = []
         return {}
+
+    def _predict(self, message: Reply, fds: list[int]) -> Reply:
+        """Say what a method needs, of a model that was constructed or is served here."""
+        made = self._constructed.get(message["key"])
+        sample = profiling.read_sample(
+            made.model if made else self.get(message["key"]), message, fds
+        )
+        return {"points": sample.predict(message["sizes"], message["limit_s"])}
+
+    def _measure(self, message: Reply, fds: list[int]) -> Reply:
+        """Run a method of a model that is served here."""
+        profiling.give_way()
+        sample = profiling.read_sample(self.get(message["key"]), message, fds)
+        return {"points": [sample.measure(message["rows"], message["limit_s"], self._device)]}
 
     def _host(self, key: str, model: loading.Model, residence: Residence | None) -> None:
         versions = []
