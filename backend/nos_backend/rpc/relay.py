@@ -34,6 +34,8 @@ _LOST: Final = frozenset(
 )
 
 _TELLING_S: Final = 1.0
+#: A client that takes no message for so long reads no more.
+_STALLED_S: Final = 10.0
 
 
 class Relay:
@@ -156,6 +158,7 @@ class _RelayedStream:
 
         Raises:
             grpc.aio.AioRpcError: If it ends it with a failure.
+            UnavailableError: If the client does not read.
         """
         upward = asyncio.create_task(self._pump_up(first, requests, renewals))
         try:
@@ -175,9 +178,17 @@ class _RelayedStream:
                 await upward
 
     async def send_down(self, message: Any) -> None:
-        """Send a message to the client, waiting until it is taken."""
+        """Send a message to the client, waiting until it is taken.
+
+        Raises:
+            UnavailableError: If it takes none.
+        """
         async with self._down:
-            await self._context.write(message)
+            try:
+                async with asyncio.timeout(_STALLED_S):
+                    await self._context.write(message)
+            except TimeoutError:
+                raise UnavailableError("the client does not read its results") from None
 
     async def _pump_up(
         self, first: bytes, requests: AsyncIterator[bytes], renewals: AsyncIterator[bytes]
