@@ -33,6 +33,8 @@ class ModelDefinition:
     """`auto`, `cpu` or `cuda`."""
     isolation: str = "shared"
     """`shared`: one executor for all models of the owner; `process`: an executor of its own."""
+    environment: list[str] = field(default_factory=list)
+    """Packages it needs besides the server's, as PEP 508 writes them; normalized."""
     call_timeout_s: float = DEFAULT_CALL_TIMEOUT_S
     """The longest that one call may run; then its executor is ended. 0 means no limit."""
     spec: bytes = b""

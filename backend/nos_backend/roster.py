@@ -83,6 +83,7 @@ def plan_children(settings: Settings, run_dir: Path, token_file: Path) -> Plan:
                 idle_unload_s=settings.idle_unload_s,
                 host_bytes=settings.host_bytes,
                 weights_dir=str(run_dir / "weights" / name),
+                environments_dir=str(settings.state_dir / "environments"),
                 host=_LOOPBACK,
                 ready_file=str(ready_file),
             ),

@@ -34,6 +34,8 @@ class WorkerSettings:
     """Bytes for copies in main memory; None means no limit. `NOS_WORKER_HOST_BYTES`."""
     weights_dir: str = ""
     """Where copies go that do not fit; empty means nowhere. `NOS_WORKER_WEIGHTS_DIR`."""
+    environments_dir: str = ""
+    """Where packages of models are installed; empty refuses them. `NOS_WORKER_ENVIRONMENTS_DIR`."""
     host: str = ""
     """Where its data plane listens; empty means where the Dask worker does. `NOS_WORKER_HOST`."""
     ready_file: str = ""

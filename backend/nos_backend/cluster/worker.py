@@ -176,6 +176,7 @@ class HostPlugin(WorkerPlugin):
     # Called on the data plane's thread.
 
     def _make_manager(self) -> ModelManager:
+        from nos_backend.worker.environments import EnvironmentOptions, Environments
         from nos_backend.worker.manager import ModelManager
         from nos_backend.worker.memory import MemoryOptions
 
@@ -191,7 +192,17 @@ class HostPlugin(WorkerPlugin):
             host_bytes=settings.host_bytes,
             folder=Path(settings.weights_dir) if settings.weights_dir else None,
         )
-        self._manager = ModelManager(device=self._device.name, memory=memory, on_event=self._tell)
+        environments = None
+        if settings.environments_dir:
+            folder = Path(settings.environments_dir)
+            environments = Environments(EnvironmentOptions(folder=folder))
+            environments.collect()
+        self._manager = ModelManager(
+            device=self._device.name,
+            memory=memory,
+            environments=environments,
+            on_event=self._tell,
+        )
         return self._manager
 
     def _verify(self, raw: bytes) -> access_pb2.Ticket:

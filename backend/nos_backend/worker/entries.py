@@ -40,6 +40,8 @@ class Slot:
 
     name: str
     device: str
+    #: Packages of its Python environment besides the server's.
+    requirements: tuple[str, ...] = ()
     executor: Executor | None = None
     #: One load, restart or end at a time.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -59,16 +59,18 @@ class Loader:
         """Make a model in an executor of its own and pack it; sets the entry's copy, scratch and note.
 
         Raises:
-            LoadError: If its code fails.
+            LoadError: If its code fails, or its environment cannot be built.
             ExecutorLostError: If its code ends the executor.
             OutOfDeviceMemoryError: If it does not fit into host memory.
         """
         key = entry.key
         self.release(entry)
+        # Before the gate: a build of minutes is not to hold up the owner's other models.
+        await self._launcher.python(entry.slot.requirements)
         gate = self._gates.setdefault(entry.definition.owner, asyncio.Semaphore(_MAX_CONSTRUCTIONS))
         async with gate:
             scratch = await self._launcher.start(
-                f"{entry.definition.owner}/{key}", entry.slot.device
+                f"{entry.definition.owner}/{key}", entry.slot.device, entry.slot.requirements
             )
             self._scratches.add(scratch)
             entry.scratch = scratch

@@ -62,6 +62,7 @@ class ProcessRequest:
     name: str
     device: str
     num_threads: int
+    python: str
     socket_fd: int
     input_fd: int
     output_fd: int
@@ -240,7 +241,7 @@ class _Spawned:
                 stdout=output_fd,
                 stderr=output_fd,
                 pass_fds=fds,
-                env=_scrubbed_environment(),
+                env=_scrubbed_environment(command[0]),
                 process_group=0,
             )
         )
@@ -287,17 +288,19 @@ async def make_process(request: ProcessRequest, forkserver: ForkServer | None) -
     }
     arguments = [f"{option}={value}" for option, value in options.items()]
     return _Spawned(
-        [sys.executable, "-P", "-m", "nos_backend.executor", *arguments],
+        [request.python, "-P", "-m", "nos_backend.executor", *arguments],
         (request.socket_fd, request.input_fd, request.output_fd),
         request.log_fd,
     )
 
 
-def _scrubbed_environment() -> dict[str, str]:
+def _scrubbed_environment(python: str) -> dict[str, str]:
     """Return what an executor may know of our environment: nothing secret, and one thread."""
     kept = {name: value for name, value in os.environ.items() if _is_harmless(name, value)}
-    # It may be another environment's Python, where this package is not installed.
-    kept["PYTHONPATH"] = str(Path(nos_backend.__path__[0]).parent)
+    if python == sys.executable:
+        # This package may be elsewhere than the others; an environment of a model's has it by itself.
+        kept["PYTHONPATH"] = str(Path(nos_backend.__path__[0]).parent)
+    kept["PYTHONNOUSERSITE"] = "1"
     kept.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
     kept["OMP_WAIT_POLICY"] = "PASSIVE"
     return kept

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nos.errors import ExecutorLostError, LoadError
 
 from nos_backend.worker.entries import Slot
+from nos_backend.worker.environments import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from nos_backend.worker.entries import Entry
     from nos_backend.worker.executors import Executor
     from nos_backend.worker.launcher import Launcher
+
+
+#: Of an environment's name, in that of an executor.
+_NAME_CHARACTERS: Final = 12
 
 
 class Slots:
@@ -70,9 +75,11 @@ class Slots:
         name = definition.owner
         if is_isolated or definition.isolation == "process":
             name = f"{name}/{definition.key}"
+        if definition.environment:
+            name = f"{name}+{name_of(definition.environment)[:_NAME_CHARACTERS]}"
         if device != self._device:
             name = f"{name}@{device}"
-        return self._slots.setdefault(name, Slot(name, device))
+        return self._slots.setdefault(name, Slot(name, device, tuple(definition.environment)))
 
     def drop_if_idle(self, slot: Slot) -> None:
         """Forget a slot that no model has, unless something is going on there."""
@@ -89,10 +96,13 @@ class Slots:
 
     async def _living(self, slot: Slot) -> Executor:
         if slot.executor is None:
-            self.attach(slot, await self._launcher.start(slot.name, slot.device))
+            self.attach(slot, await self._start(slot))
         if slot.executor is None:
             raise ExecutorLostError(f"executor {slot.name} ended at once")
         return slot.executor
+
+    async def _start(self, slot: Slot) -> Executor:
+        return await self._launcher.start(slot.name, slot.device, slot.requirements)
 
     def attach(self, slot: Slot, executor: Executor) -> None:
         """Make an executor the slot's."""

@@ -1,0 +1,145 @@
+"""Environments of models, built by the real installer from wheels that the test makes."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from nos.errors import LoadError
+from nos_backend.worker.environments import EnvironmentOptions, Environments
+
+pytestmark = [pytest.mark.accept("F3"), pytest.mark.asyncio(loop_scope="function")]
+
+
+def make_wheel(folder: Path, name: str, source: str, *, requires: str = "") -> None:
+    """Write a wheel of one module."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = f"{name}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+    if requires:
+        metadata += f"Requires-Dist: {requires}\n"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", source)
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(
+            f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n"
+        )
+
+
+def make_source_package(folder: Path, name: str, setup: str) -> None:
+    """Write a package whose setup script is run where source packages are installed."""
+    with tarfile.open(folder / f"{name}-1.0.tar.gz", "w:gz") as package:
+        member = tarfile.TarInfo(f"{name}-1.0/setup.py")
+        member.size = len(setup)
+        package.addfile(member, io.BytesIO(setup.encode()))
+
+
+def exists(path: str | Path) -> bool:
+    return Path(path).exists()
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages that no other index has."""
+    folder = tmp_path / "wheels"
+    make_wheel(folder, "nostestdep", "ANSWER = 41")
+    make_wheel(
+        folder,
+        "nostestpkg",
+        "import nostestdep\nANSWER = nostestdep.ANSWER + 1",
+        requires="nostestdep",
+    )
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest_asyncio.fixture
+async def environments(tmp_path: Path, wheels: Path) -> AsyncIterator[Environments]:
+    made = Environments(EnvironmentOptions(folder=tmp_path / "environments"))
+    yield made
+    await made.close()
+
+
+def ask(python: str, code: str) -> str:
+    command = [python, "-P", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+async def test_many_who_want_one_build_it_once_and_for_good(
+    environments: Environments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = await asyncio.gather(*(environments.python(["nostestpkg"]) for _ in range(8)))
+    assert len(set(found)) == 1
+    folders = [path.name for path in (tmp_path / "environments").iterdir() if path.is_dir()]
+    assert sorted(name.partition("-")[0] for name in folders) == ["base", "env"]
+    assert ask(found[0], "import nostestpkg; print(nostestpkg.ANSWER)") == "42"
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    later = Environments(EnvironmentOptions(folder=tmp_path / "environments"))
+    assert await later.python(["nostestpkg"]) == found[0]
+
+
+async def test_one_has_the_servers_torch_and_nothing_else_of_it(environments: Environments) -> None:
+    python = await environments.python(["nostestdep"])
+    assert ask(python, "import torch, numpy; print(torch.ones(2).numpy().sum())") == "2.0"
+    assert ask(python, "import nos_backend.executor.loop; print('there')") == "there"
+    for module in ("grpc", "dask", "distributed", "pydantic"):
+        wanted = f"import importlib.util; print(importlib.util.find_spec({module!r}))"
+        assert ask(python, wanted) == "None"
+
+
+async def test_two_workers_build_it_once(tmp_path: Path, wheels: Path) -> None:
+    options = EnvironmentOptions(folder=tmp_path / "environments")
+    workers = [Environments(options), Environments(options)]
+    found = await asyncio.gather(*(worker.python(["nostestdep"]) for worker in workers))
+    assert found[0] == found[1]
+    assert ask(found[0], "import nostestdep; print(nostestdep.ANSWER)") == "41"
+
+
+async def test_a_failed_build_tells_the_end_of_its_log(
+    environments: Environments, tmp_path: Path
+) -> None:
+    with pytest.raises(LoadError, match=r"(?s)cannot be built: exit code 1.*no-such-package"):
+        await environments.python(["no-such-package"])
+    left = [path.name for path in (tmp_path / "environments").iterdir() if path.is_dir()]
+    assert [name for name in left if name.startswith("env")] == []
+
+
+async def test_a_source_package_is_never_run(environments: Environments, wheels: Path) -> None:
+    told = wheels / "told"
+    make_source_package(wheels, "evil", f"open({str(told)!r}, 'w')")
+    with pytest.raises(LoadError, match="No matching distribution"):
+        await environments.python(["evil"])
+    assert not exists(told)
+
+
+async def test_one_that_takes_too_long_or_too_much_is_ended(tmp_path: Path, wheels: Path) -> None:
+    folder = tmp_path / "environments"
+    slow = Environments(EnvironmentOptions(folder=folder, build_timeout_s=0))
+    with pytest.raises(LoadError, match="longer than 0 s"):
+        await slow.python(["nostestdep"])
+    large = Environments(EnvironmentOptions(folder=folder, max_bytes=1000))
+    with pytest.raises(LoadError, match="more than 1000 bytes"):
+        await large.python(["nostestdep"])
+
+
+async def test_what_nobody_wants_any_more_is_deleted(tmp_path: Path, wheels: Path) -> None:
+    folder = tmp_path / "environments"
+    kept = Environments(EnvironmentOptions(folder=folder))
+    python = await kept.python(["nostestdep"])
+    (folder / "env-abandoned.1").mkdir()
+    kept.collect()
+    assert exists(python)
+    assert not exists(folder / "env-abandoned.1")
+    Environments(EnvironmentOptions(folder=folder, keep_s=-1)).collect()
+    assert not exists(python)
