@@ -997,3 +997,265 @@ class WatchModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchModelsResponse: _TypeAlias = WatchModelsResponse  # noqa: Y015
+
+@_typing.final
+class ProfilePoint(_message.Message):
+    """What one batch size takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    TOOK_S_FIELD_NUMBER: _builtins.int
+    MEASURED_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
+    FLOPS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows of the batch."""
+    took_s: _builtins.float
+    """Seconds that the method takes, the least of a few runs; 0 if it was not measured."""
+    measured_bytes: _builtins.int
+    """The most bytes that were alive at once, inputs and weights excluded; 0 if it was not measured."""
+    predicted_bytes: _builtins.int
+    """The same as predicted without running it; 0 if it could not be."""
+    flops: _builtins.int
+    """Floating point operations, multiply-adds counted twice."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        took_s: _builtins.float = ...,
+        measured_bytes: _builtins.int = ...,
+        predicted_bytes: _builtins.int = ...,
+        flops: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops", b"flops", "measured_bytes", b"measured_bytes", "predicted_bytes", b"predicted_bytes", "rows", b"rows", "took_s", b"took_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfilePoint: _TypeAlias = ProfilePoint  # noqa: Y015
+
+@_typing.final
+class ModuleUse(_message.Message):
+    """One module's part of a forward pass."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Its path in the model, as torch names it; empty for the model itself."""
+    kind: _builtins.str
+    """Its class."""
+    weight_bytes: _builtins.int
+    """Bytes of its own parameters and buffers, children's excluded."""
+    activation_bytes: _builtins.int
+    """Bytes alive after it ran that were not before."""
+    workspace_bytes: _builtins.int
+    """Bytes that it needed beyond that while it ran."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        weight_bytes: _builtins.int = ...,
+        activation_bytes: _builtins.int = ...,
+        workspace_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "kind", b"kind", "path", b"path", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModuleUse: _TypeAlias = ModuleUse  # noqa: Y015
+
+@_typing.final
+class MethodProfile(_message.Message):
+    """What one method needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    CHOSEN_ROWS_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    T0_S_FIELD_NUMBER: _builtins.int
+    ROW_S_FIELD_NUMBER: _builtins.int
+    MODULE_ROWS_FIELD_NUMBER: _builtins.int
+    MODULES_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """Its name."""
+    chosen_rows: _builtins.int
+    """The rows of the batch that was chosen; 0 for a method that does not batch, or where nothing was measured."""
+    why: _builtins.str
+    """Why that one, in a sentence."""
+    t0_s: _builtins.float
+    """Seconds of a batch whatever its size: the line through the times."""
+    row_s: _builtins.float
+    """Seconds of each row."""
+    module_rows: _builtins.int
+    """Rows of the batch that `modules` describes."""
+    sample: _builtins.str
+    """What it ran on: `signature` or `first call`."""
+    note: _builtins.str
+    """What is missing and why, in words; empty if nothing is."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfilePoint]:
+        """In order of rows."""
+
+    @_builtins.property
+    def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModuleUse]:
+        """In the order in which they first ended."""
+
+    def __init__(
+        self,
+        *,
+        method: _builtins.str = ...,
+        points: _abc.Iterable[Global___ProfilePoint] | None = ...,
+        chosen_rows: _builtins.int = ...,
+        why: _builtins.str = ...,
+        t0_s: _builtins.float = ...,
+        row_s: _builtins.float = ...,
+        module_rows: _builtins.int = ...,
+        modules: _abc.Iterable[Global___ModuleUse] | None = ...,
+        sample: _builtins.str = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen_rows", b"chosen_rows", "method", b"method", "module_rows", b"module_rows", "modules", b"modules", "note", b"note", "points", b"points", "row_s", b"row_s", "sample", b"sample", "t0_s", b"t0_s", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MethodProfile: _TypeAlias = MethodProfile  # noqa: Y015
+
+@_typing.final
+class Profile(_message.Message):
+    """What a model version needs on one kind of device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    PRODUCT_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    TIME_S_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The version, `name@v3`."""
+    device: _builtins.str
+    """The device, as torch writes it."""
+    product: _builtins.str
+    """What it is, for people."""
+    engine: _builtins.str
+    """What runs the model: `eager`."""
+    time_s: _builtins.float
+    """When it was made, in seconds since 1970."""
+    weight_bytes: _builtins.int
+    """Bytes of its weights."""
+    activation_bytes: _builtins.int
+    """The most bytes of activations of one batch, as the budget of its device counts them."""
+    @_builtins.property
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Versions of the libraries and the number of threads that figures depend on, by name."""
+
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodProfile]:
+        """In the order of the interface."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        device: _builtins.str = ...,
+        product: _builtins.str = ...,
+        engine: _builtins.str = ...,
+        versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        time_s: _builtins.float = ...,
+        weight_bytes: _builtins.int = ...,
+        activation_bytes: _builtins.int = ...,
+        methods: _abc.Iterable[Global___MethodProfile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "device", b"device", "engine", b"engine", "methods", b"methods", "model", b"model", "product", b"product", "time_s", b"time_s", "versions", b"versions", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Profile: _TypeAlias = Profile  # noqa: Y015
+
+@_typing.final
+class GetProfileRequest(_message.Message):
+    """Wants to know what a model needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """`name` or `name@v3`."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetProfileRequest: _TypeAlias = GetProfileRequest  # noqa: Y015
+
+@_typing.final
+class GetProfileResponse(_message.Message):
+    """What it needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def profile(self) -> Global___Profile:
+        """The newest."""
+
+    def __init__(
+        self,
+        *,
+        profile: Global___Profile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetProfileResponse: _TypeAlias = GetProfileResponse  # noqa: Y015

@@ -70,6 +70,11 @@ class ModelServiceStub(object):
                 request_serializer=nos_dot_v1_dot_models__pb2.ScaleModelRequest.SerializeToString,
                 response_deserializer=nos_dot_v1_dot_models__pb2.ScaleModelResponse.FromString,
                 _registered_method=True)
+        self.GetProfile = channel.unary_unary(
+                '/nos.v1.ModelService/GetProfile',
+                request_serializer=nos_dot_v1_dot_models__pb2.GetProfileRequest.SerializeToString,
+                response_deserializer=nos_dot_v1_dot_models__pb2.GetProfileResponse.FromString,
+                _registered_method=True)
         self.WatchModels = channel.unary_stream(
                 '/nos.v1.ModelService/WatchModels',
                 request_serializer=nos_dot_v1_dot_models__pb2.WatchModelsRequest.SerializeToString,
@@ -130,6 +135,13 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetProfile(self, request, context):
+        """Says what a model's methods need at each batch size; loads it and waits where that is not known yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchModels(self, request, context):
         """Streams the models' infos: all at once first, then each that changes.
         """
@@ -174,6 +186,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.ScaleModel,
                     request_deserializer=nos_dot_v1_dot_models__pb2.ScaleModelRequest.FromString,
                     response_serializer=nos_dot_v1_dot_models__pb2.ScaleModelResponse.SerializeToString,
+            ),
+            'GetProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProfile,
+                    request_deserializer=nos_dot_v1_dot_models__pb2.GetProfileRequest.FromString,
+                    response_serializer=nos_dot_v1_dot_models__pb2.GetProfileResponse.SerializeToString,
             ),
             'WatchModels': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchModels,
@@ -371,6 +388,33 @@ class ModelService(object):
             '/nos.v1.ModelService/ScaleModel',
             nos_dot_v1_dot_models__pb2.ScaleModelRequest.SerializeToString,
             nos_dot_v1_dot_models__pb2.ScaleModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nos.v1.ModelService/GetProfile',
+            nos_dot_v1_dot_models__pb2.GetProfileRequest.SerializeToString,
+            nos_dot_v1_dot_models__pb2.GetProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

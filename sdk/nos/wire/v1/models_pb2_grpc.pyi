@@ -47,6 +47,8 @@ class ModelServiceStub:
     """Forgets a model and all its versions."""
     ScaleModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.ScaleModelRequest, _models_pb2.ScaleModelResponse]
     """Sets how many replicas are wanted."""
+    GetProfile: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetProfileRequest, _models_pb2.GetProfileResponse]
+    """Says what a model's methods need at each batch size; loads it and waits where that is not known yet."""
     WatchModels: _grpc.UnaryStreamMultiCallable[_models_pb2.WatchModelsRequest, _models_pb2.WatchModelsResponse]
     """Streams the models' infos: all at once first, then each that changes."""
 
@@ -69,6 +71,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Forgets a model and all its versions."""
     ScaleModel: _aio.UnaryUnaryMultiCallable[_models_pb2.ScaleModelRequest, _models_pb2.ScaleModelResponse]  # type: ignore[assignment]
     """Sets how many replicas are wanted."""
+    GetProfile: _aio.UnaryUnaryMultiCallable[_models_pb2.GetProfileRequest, _models_pb2.GetProfileResponse]  # type: ignore[assignment]
+    """Says what a model's methods need at each batch size; loads it and waits where that is not known yet."""
     WatchModels: _aio.UnaryStreamMultiCallable[_models_pb2.WatchModelsRequest, _models_pb2.WatchModelsResponse]  # type: ignore[assignment]
     """Streams the models' infos: all at once first, then each that changes."""
 
@@ -130,6 +134,14 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.ScaleModelResponse, _abc.Awaitable[_models_pb2.ScaleModelResponse]]:
         """Sets how many replicas are wanted."""
+
+    @_abc_1.abstractmethod
+    def GetProfile(
+        self,
+        request: _models_pb2.GetProfileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.GetProfileResponse, _abc.Awaitable[_models_pb2.GetProfileResponse]]:
+        """Says what a model's methods need at each batch size; loads it and waits where that is not known yet."""
 
     @_abc_1.abstractmethod
     def WatchModels(
