@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import socket
+import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -126,6 +127,7 @@ class Executor(asyncio.Protocol):
         device: str,
         num_threads: int,
         forkserver: ForkServer | None,
+        python: str = sys.executable,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
     ) -> Executor:
         """Start one and wait until it takes calls.
@@ -135,6 +137,7 @@ class Executor(asyncio.Protocol):
             device: As torch writes it.
             num_threads: Threads of one torch operation.
             forkserver: Whose child it becomes; without one it is spawned.
+            python: The interpreter, where it is spawned.
             arena_bytes: Size of each of its two arenas; only what is used takes memory.
 
         Raises:
@@ -154,6 +157,7 @@ class Executor(asyncio.Protocol):
                 name=name,
                 device=device,
                 num_threads=num_threads,
+                python=python,
                 socket_fd=theirs.fileno(),
                 input_fd=input_fd,
                 output_fd=output_fd,
