@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import torch
@@ -20,20 +21,43 @@ from nos_backend.executor import failures, loading
 from nos_backend.executor.arena import Arena, ArenaFullError
 from nos_backend.executor.devices import is_out_of_memory, is_sticky, return_memory, wait_for
 from nos_backend.executor.failures import NoWireFormError, RefusedError
-from nos_backend.executor.messages import Decoder, encode
+from nos_backend.executor.messages import (
+    Decoder,
+    MalformedError,
+    ShortCall,
+    ShortResult,
+    encode,
+    encode_node,
+)
 from nos_backend.executor.models import Models
 from nos_backend.executor.process import Start, flush_lines, set_title
 from nos_backend.executor.values import Inputs, Outputs
 
 _RECEIVE_BYTES: Final = 1 << 16
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
-_NO_INHERIT: Final = socket.MSG_CMSG_CLOEXEC
+#: Of `recvmsg`; plain numbers, since combining an enum's members takes as long as the call.
+_WAIT: Final = int(socket.MSG_CMSG_CLOEXEC)
+_NO_WAIT: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 #: A generator pauses when this many of its items were not released yet.
 _ITEM_WINDOW: Final = 64
 #: Inputs that models keep; above it, cycles are looked for.
 _KEPT_BEFORE_GC: Final = 8
 
 Message = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call that has arrived."""
+
+    id: int
+    #: Its key, method and args are what it runs.
+    form: Message
+    #: Where its input is in the arena.
+    offset: int
+    size: int
+    #: What its input is made of, instead of `offset`; see `Arena.gather`.
+    pieces: list[list[int]] | None = None
 
 
 class _CancelledError(Exception):
@@ -65,7 +89,9 @@ class _Loop:
         self._peer = peer
         self._decoder = Decoder()
         #: Arrived and not yet acted on: everything but cancel and free.
-        self._waiting: deque[Message] = deque()
+        self._waiting: deque[Message | _Call] = deque()
+        #: Calls that others are like, by the number that the worker gave them.
+        self._forms: dict[int, Message] = {}
         #: The call that runs now.
         self._running: int | None = None
         #: Calls to stop; each is running or waiting.
@@ -79,6 +105,8 @@ class _Loop:
         self._kept: dict[int, Inputs] = {}
         #: Items of the running call that the worker has not released.
         self._num_items_out = 0
+        #: Entered around one call after the other.
+        self._inference = torch.inference_mode()
 
     def run(self) -> None:
         self._send({"op": "ready"})
@@ -87,14 +115,15 @@ class _Loop:
                 if not self._receive():
                     return
             message = self._waiting.popleft()
+            if isinstance(message, _Call):
+                self._running = message.id
+                # What arrived behind it may cancel it.
+                if not self._receive(wait=False):
+                    return
+                self._call(message)
+                self._running = None
+                continue
             match message["op"]:
-                case "call":
-                    self._running = message["id"]
-                    # What arrived behind it may cancel it.
-                    if not self._receive(wait=False):
-                        return
-                    self._call(message)
-                    self._running = None
                 case "unload":
                     self._models.drop(message["key"])
                     return_memory()
@@ -105,9 +134,10 @@ class _Loop:
     def _receive(self, *, wait: bool = True) -> bool:
         """Take in what has arrived; return False when the worker is gone."""
         try:
-            flags = _NO_INHERIT if wait else _NO_INHERIT | socket.MSG_DONTWAIT
             # Not socket.recv_fds: Python 3.11's ignores the flags.
-            data, ancillary, _, _ = self._peer.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, flags)
+            data, ancillary, _, _ = self._peer.recvmsg(
+                _RECEIVE_BYTES, _ANCILLARY_BYTES, _WAIT if wait else _NO_WAIT
+            )
         except BlockingIOError:
             return True
         except ConnectionError:
@@ -118,24 +148,41 @@ class _Loop:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds.extend(array.array("i", raw))
         for message in self._decoder.feed(data):
-            if "num_fds" in message:
-                message["fds"] = [self._fds.popleft() for _ in range(message["num_fds"])]
-            for offset in message.get("free", ()):
-                self._output.free(offset)
-            self._num_items_out -= message.get("released", ()).count(self._running)
-            match message["op"]:
-                case "cancel":
-                    self._cancel(message["id"])
-                case "free" | "fds":
-                    pass
+            match message:
+                case ShortCall(call_id, form, offset, size, freed):
+                    for block in freed:
+                        self._output.free(block)
+                    self._waiting.append(_Call(call_id, self._forms[form], offset, size))
+                case dict():
+                    self._take(message)
                 case _:
-                    self._waiting.append(message)
+                    raise MalformedError("a message that only an executor sends")
         return True
 
+    def _take(self, message: Message) -> None:
+        if "num_fds" in message:
+            message["fds"] = [self._fds.popleft() for _ in range(message["num_fds"])]
+        for offset in message.get("free", ()):
+            self._output.free(offset)
+        self._num_items_out -= message.get("released", ()).count(self._running)
+        match message["op"]:
+            case "call":
+                offset, size = message["block"] or (0, 0)
+                pieces = message.get("pieces")
+                self._waiting.append(_Call(message["id"], message, offset, size, pieces))
+                if "form" in message:
+                    self._forms[message["form"]] = message
+            case "forget":
+                self._forms.clear()
+            case "cancel":
+                self._cancel(message["id"])
+            case "free" | "fds":
+                pass
+            case _:
+                self._waiting.append(message)
+
     def _cancel(self, call_id: int) -> None:
-        is_waiting = any(
-            message["op"] == "call" and message["id"] == call_id for message in self._waiting
-        )
+        is_waiting = any(isinstance(it, _Call) and it.id == call_id for it in self._waiting)
         if is_waiting or call_id == self._running:
             self._cancelled.add(call_id)
 
@@ -157,9 +204,8 @@ class _Loop:
             return_memory()
         self._send(reply)
 
-    def _call(self, message: Message) -> None:
-        call_id = message["id"]
-        offset, size = message["block"] or (0, 0)
+    def _call(self, call: _Call) -> None:
+        call_id = call.id
         reply: Message = {"op": "error", "id": call_id}
         inputs = None
         source_name = ""
@@ -167,15 +213,15 @@ class _Loop:
         self._num_items_out = 0
         try:
             self._check_cancelled(call_id)
-            model = self._models.get(message["key"])
+            model = self._models.get(call.form["key"])
             source_name = model.source_name
-            if "pieces" in message:
-                block = self._input.gather(message["pieces"], size)
+            if call.pieces is not None:
+                block = self._input.gather(call.pieces, call.size)
             else:
-                block = self._input.view[offset : offset + size]
+                block = self._input.view[call.offset : call.offset + call.size]
             inputs = Inputs(block, model.device)
-            with torch.inference_mode():
-                reply = self._answer(call_id, model, message, inputs, clock)
+            with self._inference:
+                reply = self._answer(call, model, inputs, clock)
         except RefusedError as error:
             reply["error"] = error.facts
         except NoWireFormError as error:
@@ -192,7 +238,7 @@ class _Loop:
         if inputs is not None and inputs.kept:
             self._kept[call_id] = inputs
             reply["kept"] = True
-        self._send(reply)
+        self._send_result(reply)
         if self._kept:
             self._let_go()
 
@@ -202,6 +248,17 @@ class _Loop:
             self._send({"op": "doomed", "reason": reply["error"]["message"]})
             raise _WorkerGone from error
 
+    def _send_result(self, reply: Message) -> None:
+        block = reply.get("block")
+        if reply["op"] != "result" or block is None:
+            self._send(reply)
+            return
+        node = encode_node(reply["node"])
+        is_kept = "kept" in reply
+        offset, size = block
+        result = ShortResult(reply["id"], offset, size, reply["compute_s"], is_kept, node)
+        self._peer.sendall(result.encode())
+
     def _facts(self, error: BaseException, source_name: str) -> dict[str, Any]:
         if not is_out_of_memory(error):
             return failures.raised(error, source_name)
@@ -210,14 +267,14 @@ class _Loop:
 
     def _answer(
         self,
-        call_id: int,
+        call: _Call,
         model: loading.Model,
-        message: Message,
         inputs: Inputs,
         clock: _Clock,
     ) -> Message:
-        method = model.method(message["method"])
-        bound = method.bind([(name, node) for name, node in message["args"]], inputs)
+        call_id = call.id
+        method = model.method(call.form["method"])
+        bound = method.bind(call.form["args"], inputs)
         value = self._run(method.target, bound, clock, model.device)
         if not isinstance(value, Iterator):
             return {"op": "result", "id": call_id, **self._place(Outputs(value), call_id)}

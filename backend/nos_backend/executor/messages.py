@@ -92,6 +92,10 @@ ITEM_BYTES: Final[dict[str, int]] = {
     "complex64": 8,
     "complex128": 16,
 }
+#: In a sample's `joined`, by parameter: its items are the rows, its first dimension counts them, or, where
+#: not negative, so many of its last dimensions make up one.
+IN_LIST: Final = -1
+FIRST_DIMENSION: Final = -2
 OCTETS: Final = "application/octet-stream"
 
 

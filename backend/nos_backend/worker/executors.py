@@ -30,10 +30,15 @@ from nos.errors import (
 from nos_backend.executor.arena import DEFAULT_ARENA_BYTES, Arena, ArenaFullError
 from nos_backend.executor.log_lines import LogLines
 from nos_backend.executor.messages import (
+    MAX_SHORT_FREED,
     Decoder,
     MalformedError,
+    Message,
+    ShortCall,
+    ShortResult,
     check_block,
     check_node,
+    decode_json,
     encode,
 )
 from nos_backend.worker.blocks import Block, Blocks
@@ -70,6 +75,10 @@ _LOG_READ_BYTES: Final = 1 << 16
 _LAZY_FREE_BYTES: Final = 64 << 20
 _FULL_PIPE_S: Final = 0.005
 _REASON_CHARS: Final = 300
+#: Forms of calls that an executor is told of, and nodes of results that are remembered.
+_MAX_FORMS: Final = 256
+_MAX_NODES: Final = 256
+_MAX_NODE_BYTES: Final = 256
 
 #: What comes of taking apart a message that is not as it should be.
 _NONSENSE: Final = (AttributeError, KeyError, MalformedError, OverflowError, TypeError, ValueError)
@@ -79,6 +88,15 @@ _NONSENSE: Final = (AttributeError, KeyError, MalformedError, OverflowError, Typ
 class _Call:
     sink: Callable[[Reply], None]
     block: Block | Blocks | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a call has in common with others."""
+
+    number: int
+    #: Held, so that no other list has its identity.
+    arguments: list[list[Any]]
 
 
 class Executor(asyncio.Protocol):
@@ -106,6 +124,11 @@ class Executor(asyncio.Protocol):
         self._calls: dict[int, _Call] = {}
         #: Blocks of ended calls whose input a model still refers to.
         self._kept: dict[int, Block | Blocks] = {}
+        #: Forms of calls that the executor knows, by model, method and the arguments' identity.
+        self._forms: dict[tuple[str, str, int], _Form] = {}
+        self._form_numbers = itertools.count()
+        #: Nodes that were checked, by their JSON and the bytes of their block.
+        self._nodes: dict[tuple[bytes, int], Any] = {}
         self._freed: list[int] = []
         self._freed_bytes = 0
         self._released: list[int] = []
@@ -275,6 +298,25 @@ class Executor(asyncio.Protocol):
         """
         return float((await self._ask({"op": "reload", "key": key}))["took_s"])
 
+    async def profile(self, message: dict[str, Any], data: bytes) -> Any:
+        """Have a method predicted or measured; returns the points, which nobody has checked.
+
+        Args:
+            message: `predict` or `measure` as in `executor/messages.py`.
+            data: The sample's bytes.
+
+        Raises:
+            NosError: What the model raised, or that the executor ended.
+        """
+        fd = os.memfd_create("nos-sample", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:  # noqa: ASYNC230 - memory, not a disk
+                file.write(data)
+            done = await self._ask({**message, "size_bytes": len(data)}, (fd,))
+        finally:
+            os.close(fd)
+        return done["points"]
+
     async def _load(
         self, operation: str, key: str, timeout_s: float, fds: tuple[int, ...] = (), **fields: Any
     ) -> dict[str, Any]:
@@ -302,25 +344,6 @@ class Executor(asyncio.Protocol):
         # Descriptors do not go through the transport, and must not overtake what waits in it.
         while fds and self._transport.get_write_buffer_size() and self._lost is None:  # noqa: ASYNC110
             await asyncio.sleep(_FULL_PIPE_S)
-    async def profile(self, message: dict[str, Any], data: bytes) -> Any:
-        """Have a method predicted or measured; returns the points, which nobody has checked.
-
-        Args:
-            message: `predict` or `measure` as in `executor/messages.py`.
-            data: The sample's bytes.
-
-        Raises:
-            NosError: What the model raised, or that the executor ended.
-        """
-        fd = os.memfd_create("nos-sample", os.MFD_CLOEXEC)
-        try:
-            with open(fd, "wb", closefd=False) as file:  # noqa: ASYNC230 - memory, not a disk
-                file.write(data)
-            done = await self._ask({**message, "size_bytes": len(data)}, (fd,))
-        finally:
-            os.close(fd)
-        return done["points"]
-
         if self._lost is not None:
             raise self._loss()
         if fds:
@@ -391,6 +414,8 @@ class Executor(asyncio.Protocol):
         arguments: list[list[Any]],
         block: Block | Blocks | None,
         sink: Callable[[Reply], None],
+        *,
+        recurs: bool = False,
     ) -> None:
         """Run a method behind the calls before it; never blocks and never raises.
 
@@ -402,6 +427,7 @@ class Executor(asyncio.Protocol):
             arguments: [name, node] pairs; an empty name means by position.
             block: Where the nodes' bytes are; becomes the executor's to release.
             sink: Gets any number of items and then exactly one last reply, never before this returns.
+            recurs: Whether `arguments` is the very list of other calls of the method; never changed then.
         """
         if self._lost is not None:
             if block is not None:
@@ -409,7 +435,9 @@ class Executor(asyncio.Protocol):
             self._loop.call_soon(sink, Reply("error", error=self._loss()))
             return
         self._calls[call_id] = _Call(sink, block)
-        message = {
+        if recurs and self._send_short(call_id, (key, method, id(arguments)), block):
+            return
+        message: dict[str, Any] = {
             "op": "call",
             "id": call_id,
             "key": key,
@@ -421,7 +449,30 @@ class Executor(asyncio.Protocol):
             message["block"], message["pieces"] = [0, block.size], block.pieces
         elif block is not None:
             message["block"] = [block.offset, len(block.view)]
+            if recurs:
+                message["form"] = self._new_form(key, method, arguments)
         self._send(message)
+
+    def _send_short(
+        self, call_id: int, name: tuple[str, str, int], block: Block | Blocks | None
+    ) -> bool:
+        """Send a call of a form that the executor knows; return False if that cannot be."""
+        form = self._forms.get(name)
+        is_short = len(self._freed) <= MAX_SHORT_FREED and not self._released
+        if form is None or not is_short or not isinstance(block, Block):
+            return False
+        freed, self._freed, self._freed_bytes = self._freed, [], 0
+        call = ShortCall(call_id, form.number, block.offset, len(block.view), freed)
+        self._transport.write(call.encode())
+        return True
+
+    def _new_form(self, key: str, method: str, arguments: list[list[Any]]) -> int:
+        if len(self._forms) >= _MAX_FORMS:
+            self._forms.clear()
+            self._send({"op": "forget"})
+        form = _Form(next(self._form_numbers), arguments)
+        self._forms[key, method, id(arguments)] = form
+        return form.number
 
     def cancel(self, call_id: int) -> None:
         """Stop a call that waits, or a generator at its next item; others run to their end."""
@@ -471,7 +522,35 @@ class Executor(asyncio.Protocol):
             logger.warning("executor %s broke the protocol: %r", self.name, error)
             self.kill("it broke the protocol")
 
-    def _handle(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: Message) -> None:
+        match message:
+            case ShortResult(call_id, offset, size, compute_s, is_kept, raw):
+                check_block([offset, size], self._output.size_bytes)
+                node = self._node(raw, size)
+                raw = raw if len(raw) <= _MAX_NODE_BYTES else b""
+                view = self._output.view[offset : offset + size]
+                lease = Lease(lambda: self._release(offset, size, None)) if size else NO_LEASE
+                reply = Reply("result", node, view, compute_s, raw_node=raw, _lease=lease)
+                self._end_call(call_id, reply, is_kept=is_kept)
+            case dict():
+                self._handle_object(message)
+            case _:
+                raise MalformedError("a message that only a worker sends")
+
+    def _node(self, raw: bytes, block_bytes: int) -> Any:
+        """Return a result's node, checked."""
+        node = self._nodes.get((raw, block_bytes), self)
+        if node is not self:
+            return node
+        node = decode_json(raw)
+        check_node(node, block_bytes)
+        if len(raw) <= _MAX_NODE_BYTES:
+            if len(self._nodes) >= _MAX_NODES:
+                self._nodes.clear()
+            self._nodes[raw, block_bytes] = node
+        return node
+
+    def _handle_object(self, message: dict[str, Any]) -> None:
         match message["op"]:
             case "result" | "item" | "end" | "error":
                 self._reply(message)
@@ -500,7 +579,6 @@ class Executor(asyncio.Protocol):
 
     def _reply(self, message: dict[str, Any]) -> None:
         kind, call_id = message["op"], message["id"]
-        call = self._calls[call_id]
         compute_s = float(message["compute_s"])
         error = to_error(message["error"]) if kind == "error" else None
         node, view, lease = None, NO_BYTES, NO_LEASE
@@ -514,19 +592,27 @@ class Executor(asyncio.Protocol):
             item_of = call_id if kind == "item" else None
             if size or item_of is not None:
                 lease = Lease(lambda: self._release(offset, size, item_of))
-        is_kept = message.get("kept") is True
-        can_repeat = isinstance(error, OutOfDeviceMemoryError) and not is_kept
-        if kind != "item":
-            del self._calls[call_id]
-            self._is_needy = False
-            if call.block is not None:
-                if is_kept:
-                    self._kept[call_id] = call.block
-                elif can_repeat:
-                    lease = Lease(call.block.release)
-                else:
-                    call.block.release()
-        reply = Reply(kind, node, view, compute_s, error, can_repeat=can_repeat, _lease=lease)
+        reply = Reply(kind, node, view, compute_s, error, _lease=lease)
+        if kind == "item":
+            self._tell(self._calls[call_id], reply)
+        else:
+            self._end_call(call_id, reply, is_kept=message.get("kept") is True)
+
+    def _end_call(self, call_id: int, reply: Reply, *, is_kept: bool) -> None:
+        call = self._calls.pop(call_id)
+        self._is_needy = False
+        if call.block is not None:
+            if is_kept:
+                self._kept[call_id] = call.block
+            elif isinstance(reply.error, OutOfDeviceMemoryError):
+                reply = Reply.repeatable(reply, call.block.release)
+            else:
+                call.block.release()
+        elif isinstance(reply.error, OutOfDeviceMemoryError):
+            reply = Reply.repeatable(reply, None)
+        self._tell(call, reply)
+
+    def _tell(self, call: _Call, reply: Reply) -> None:
         try:
             call.sink(reply)
         except Exception:  # the defect is the sink's, and not what an executor is killed for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from nos.errors import (
@@ -90,7 +90,7 @@ NO_LEASE: Final = Lease(None)
 NO_BYTES: Final = memoryview(b"")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """One answer to a call; handed to its sink, on the loop."""
 
@@ -106,6 +106,8 @@ class Reply:
     """Why it failed; set for `error` only."""
     batch_size: int = 1
     """Number of calls that ran as one."""
+    raw_node: bytes = b""
+    """The node as the executor wrote it, where results like it are expected; else empty."""
     can_repeat: bool = False
     """Whether the call ran out of memory and can be made again with the same input; see `take_input`."""
     _lease: Lease = field(default=NO_LEASE, repr=False)
@@ -117,6 +119,11 @@ class Reply:
     def take_input(self) -> None:
         """Keep the input of a call that can be repeated from being given back by `release`."""
         self._lease.forget()
+
+    @classmethod
+    def repeatable(cls, reply: Reply, release: Callable[[], None] | None) -> Reply:
+        """Return the end of a call that ran out of memory; `release` gives its input back."""
+        return replace(reply, can_repeat=True, _lease=Lease(release))
 
     @classmethod
     def shared(
