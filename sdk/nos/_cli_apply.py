@@ -51,6 +51,7 @@ def _apply(client: Client, entry: ModelEntry) -> dict[str, str]:
         init=entry.init,
         device=entry.device,
         isolation=entry.isolation,
+        env=entry.env,
         pin=entry.pin,
         idle_unload_s=entry.idle_unload_s,
         source_name=entry.source_name,

@@ -10,7 +10,7 @@ from nos.wire import signature, status, values
 from nos.wire.v1 import cluster_pb2, models_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from google.protobuf.message import Message
 
@@ -104,6 +104,7 @@ def register(
     device: str,
     isolation: str,
     source_name: str,
+    env: Sequence[str] = (),
     pin: bool | None = None,
     idle_unload_s: float | None = None,
 ) -> Rpc[types.ModelInfo]:
@@ -117,6 +118,7 @@ def register(
         device: As in the request; empty leaves it to the source.
         isolation: Likewise.
         source_name: Where the source came from.
+        env: Packages that it needs besides the server's; none leaves it to the source.
         pin: Whether it stays on its device; None leaves it to the source.
         idle_unload_s: Likewise, after how long without use it leaves.
     """
@@ -130,6 +132,7 @@ def register(
         device=device,
         isolation=isolation,
         source_name=source_name,
+        environment=env,
         is_pinned=pin,
         idle_unload_s=idle_unload_s,
     )
@@ -200,6 +203,7 @@ def to_spec(message: models_pb2.ModelSpec) -> types.ModelSpec:
         methods=tuple(to_method(method) for method in message.methods),
         device=message.device,
         isolation=message.isolation,
+        environment=tuple(message.environment),
         source_sha256=message.source_sha256,
         weight_bytes=message.weight_bytes,
         call_timeout_s=message.call_timeout_s,

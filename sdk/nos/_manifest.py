@@ -9,6 +9,7 @@
         init: {width: 8}
         device: cpu             # auto, cpu or cuda
         isolation: process      # shared or process
+        env: [einops]           # packages it needs; or a requirements file beside this file
         pin: true               # stays on its device
         idle_unload_s: 600      # or leaves it after so long without use; 0: never
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from nos.errors import ConfigError
+from nos._environment import packages
+from nos.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,10 +33,11 @@ _KEYS: Final = (
     "init",
     "device",
     "isolation",
+    "env",
     "pin",
     "idle_unload_s",
 )
-_TEXTS: Final = frozenset(_KEYS) - {"init", "pin", "idle_unload_s"}
+_TEXTS: Final = frozenset(_KEYS) - {"init", "env", "pin", "idle_unload_s"}
 _CHOICES: Final = {"device": ("auto", "cpu", "cuda"), "isolation": ("shared", "process")}
 
 
@@ -51,6 +54,7 @@ class ModelEntry:
     init: dict[str, Any] = field(default_factory=dict)
     device: str = ""
     isolation: str = ""
+    env: list[str] = field(default_factory=list)
     pin: bool | None = None
     idle_unload_s: float | None = None
 
@@ -129,9 +133,21 @@ class _Reader:
             init=init,
             device=texts.get("device", ""),
             isolation=texts.get("isolation", ""),
+            env=self._env(members.get("env")),
             pin=self._pin(members.get("pin")),
             idle_unload_s=self._seconds("idle_unload_s", members.get("idle_unload_s")),
         )
+
+    def _env(self, node: Any) -> list[str]:
+        value = [] if node is None else self._value(node)
+        if isinstance(value, str):
+            value = self._path.parent / value
+        elif not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(node, "env", "packages, or a requirements file", repr(value)[:80])
+        try:
+            return packages(value)
+        except InvalidRequestError as error:
+            raise self._wrong(node, "env", error.expected, error.got) from error
 
     def _pin(self, node: Any) -> bool | None:
         value = None if node is None else self._value(node)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from nos import _address, _control, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
+from nos._environment import packages
 from nos._link import GRACE_S, out_of_time
 from nos._stream import Policy, StreamCore, flow_of
 from nos.authoring import source_of
@@ -23,7 +24,14 @@ from nos.errors import NosError, StreamClosedError
 from nos.handles import HandleCore, MethodCore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
+    from collections.abc import (
+        AsyncIterable,
+        AsyncIterator,
+        Callable,
+        Iterable,
+        Mapping,
+        Sequence,
+    )
     from pathlib import Path
     from typing import Self
 
@@ -133,6 +141,7 @@ class AsyncClient:
         init: Mapping[str, Any] | None = None,
         device: str = "",
         isolation: str = "",
+        env: Sequence[str] | str | Path = (),
         source_name: str = "",
         pin: bool | None = None,
         idle_unload_s: float | None = None,
@@ -147,6 +156,7 @@ class AsyncClient:
             name=name or found.name,
             device=device,
             isolation=isolation,
+            env=packages(env),
             source_name=found.source_name,
             pin=pin,
             idle_unload_s=idle_unload_s,

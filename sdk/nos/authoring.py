@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from nos.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
 
@@ -34,6 +34,8 @@ class Options:
     """Whether concurrent calls run as one, or how many rows at most; None: where the annotations say so."""
     queue_delay_s: float | None = None
     """How long a call waits for others to run with, in seconds; None: as short as pays."""
+    env: Sequence[str] = ()
+    """Packages that it needs besides the server's."""
     pin: bool = False
     """Whether it stays on its device whatever else wants the room."""
     idle_unload_s: float | None = None
@@ -50,6 +52,7 @@ def model(
     call_timeout_s: float = 30.0,
     batch: bool | int | None = None,
     queue_delay_s: float | None = None,
+    env: Sequence[str] = (),
     pin: bool = False,
     idle_unload_s: float | None = None,
 ) -> Any:
@@ -70,6 +73,8 @@ def model(
             a number is the most rows at once; False turns it off.
         queue_delay_s: The longest that a call waits for others to run with; without it a call waits for
             none but those that are known to come at once.
+        env: Packages that it needs and the server has not, as in `["opencv-python-headless==4.*"]`. It runs
+            in an environment of its own that has them, and the server's torch, numpy and safetensors.
         pin: Keep it on its device whatever else wants the room.
         idle_unload_s: Take it off the device after so many seconds without use, although nobody needs the
             room; 0 means never, and without it the server's own rule holds.
@@ -81,6 +86,7 @@ def model(
         call_timeout_s=call_timeout_s,
         batch=batch,
         queue_delay_s=queue_delay_s,
+        env=env,
         pin=pin,
         idle_unload_s=idle_unload_s,
     )

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 from nos import _address, _control, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
+from nos._environment import packages
 from nos._stream import Policy, StreamCore, flow_of
 from nos.authoring import source_of
 from nos.errors import StreamClosedError
 from nos.handles import HandleCore, MethodCore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -147,6 +148,7 @@ class Client:
         init: Mapping[str, Any] | None = None,
         device: str = "",
         isolation: str = "",
+        env: Sequence[str] | str | Path = (),
         source_name: str = "",
         pin: bool | None = None,
         idle_unload_s: float | None = None,
@@ -161,6 +163,8 @@ class Client:
             init: What `__init__` is called with.
             device: `auto`, `cpu` or `cuda`.
             isolation: `shared` (with the owner's other models) or `process` (one of its own).
+            env: Packages that it needs besides the server's, as in `["einops"]`, or the path of a
+                requirements file; by default what its `@nos.model` says.
             source_name: Where the source came from, for tracebacks.
             pin: Whether it stays on its device whatever else wants the room; None: as its source says.
             idle_unload_s: After how long without use it leaves the device; None: as its source says.
@@ -177,6 +181,7 @@ class Client:
             name=name or found.name,
             device=device,
             isolation=isolation,
+            env=packages(env),
             source_name=found.source_name,
             pin=pin,
             idle_unload_s=idle_unload_s,

@@ -216,6 +216,8 @@ class ModelSpec(_Table):
     methods: tuple[MethodInfo, ...] = ()
     device: str = "auto"
     isolation: str = "shared"
+    environment: tuple[str, ...] = ()
+    """Packages that it needs besides the server's."""
     source_sha256: str = ""
     weight_bytes: int = 0
     """Bytes of its weight files; 0 if it has none or they are not known before loading."""
@@ -326,6 +328,7 @@ class ModelInfo(_Table):
             ("owner", self.spec.owner),
             ("takes", f"device {self.spec.device}, isolation {self.spec.isolation}"),
             ("stays", _stays(self.spec)),
+            *(("packages", text) for text in self.spec.environment),
             ("batches", _batches(self.spec.methods)),
         ]
         rows += [

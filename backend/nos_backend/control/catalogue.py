@@ -166,6 +166,7 @@ class Catalogue:
             class_name=description.class_name,
             device=_chosen(spec.device, definition.device, "auto"),
             isolation=_chosen(spec.isolation, definition.isolation, "shared"),
+            environment=definition.environment or list(spec.environment),
             call_timeout_s=spec.call_timeout_s,
         )
         newest = entry.newest if entry is not None else None
@@ -176,6 +177,7 @@ class Catalogue:
         spec.owner = definition.owner
         spec.device = definition.device
         spec.isolation = definition.isolation
+        spec.environment[:] = definition.environment
         definition = replace(definition, version=spec.version, spec=spec.SerializeToString())
         return Version(definition, spec)
 
@@ -341,6 +343,7 @@ def _content(version: Version) -> tuple[Any, ...]:
         definition.init,
         definition.device,
         definition.isolation,
+        definition.environment,
         definition.call_timeout_s,
         spec.is_pinned,
         spec.idle_unload_s if spec.HasField("idle_unload_s") else None,

@@ -17,6 +17,7 @@ from nos.wire.v1 import models_pb2
 
 from nos_backend.control import batchable
 from nos_backend.control.annotations import Annotations, literal_value
+from nos_backend.control.requirements import normalize
 from nos_backend.definition import DEFAULT_CALL_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _OPTIONS: Final = (
     "call_timeout_s",
     "batch",
     "queue_delay_s",
+    "env",
     "pin",
     "idle_unload_s",
 )
@@ -324,6 +326,9 @@ class _Module:
 def _set_option(
     spec: models_pb2.ModelSpec, wish: batchable.Wish, name: str, node: ast.expr, where: str
 ) -> None:
+    if name == "env":
+        spec.environment[:] = normalize(_texts(node, where))
+        return
     value = literal_value(node)
     given = value.WhichOneof("kind") if value is not None else None
     if value is None or given is None:
@@ -364,6 +369,21 @@ def _set_option(
         raise InvalidRequestError(
             f"{where}: option {name} is wrong", name, wanted, ast.unparse(node)[:80]
         )
+
+
+def _texts(node: ast.expr, where: str) -> list[str]:
+    """Return the texts of a list in the source; the packages of an environment."""
+    items = node.elts if isinstance(node, ast.List | ast.Tuple) else []
+    texts = [item.value for item in items if isinstance(item, ast.Constant)]
+    if not items or len(texts) < len(items) or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequestError(
+            f"{where}: option env is no list of packages",
+            "env",
+            'for instance ["opencv-python-headless==4.*"]; a file of requirements or of conda can be'
+            " given to client.register(env=...)",
+            ast.unparse(node)[:80],
+        )
+    return [str(text) for text in texts]
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -22,6 +22,7 @@ from nos_backend.control.catalogue import BUILT_IN_OWNER
 from nos_backend.control.describe import DEVICES, ISOLATIONS
 from nos_backend.control.describe_apart import describe_apart
 from nos_backend.control.names import parse_reference
+from nos_backend.control.requirements import normalize
 from nos_backend.definition import ModelDefinition
 from nos_backend.rpc.guard import actor, caller
 
@@ -114,6 +115,7 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
             class_name=description.class_name,
             folder=folder,
             init=_init(description.init, request.init_arguments),
+            environment=normalize(request.environment),
             device=request.device or "auto",
             isolation=request.isolation or "shared",
         )
