@@ -127,6 +127,16 @@ def describe_device(name: str, environ: Mapping[str, str]) -> Device:
     raise ConfigError("no such device", "device", f"auto or one of {known}", repr(name))
 
 
+def free_bytes(name: str, environ: Mapping[str, str]) -> int | None:
+    """Return what a CUDA device has free, whoever uses the rest; None of the processor, or if unknown."""
+    _, _, index = name.partition(":")
+    with _nvml() as nvml:
+        handles = _handles(nvml, environ) if nvml is not None else []
+        if name == "cpu" or int(index or 0) >= len(handles):
+            return None
+        return int(nvml.nvmlDeviceGetMemoryInfo(handles[int(index or 0)]).free)
+
+
 @contextlib.contextmanager
 def _nvml() -> Iterator[Any]:
     """Give the NVML module, ready for use; None where there is no driver."""

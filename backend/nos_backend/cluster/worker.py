@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +20,7 @@ from distributed import Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 from nos.errors import InternalError, NosError, UnavailableError
 
-from nos_backend.cluster.device import WorkerSettings, describe_device
+from nos_backend.cluster.device import WorkerSettings, describe_device, free_bytes
 from nos_backend.definition import ModelDefinition
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ class HostPlugin(WorkerPlugin):
         from nos_backend.worker.environments import EnvironmentOptions, Environments
         from nos_backend.worker.manager import ModelManager
         from nos_backend.worker.memory import MemoryOptions
+        from nos_backend.worker.surroundings import Probes
 
         settings, capacity_bytes = self._settings, self._settings.capacity_bytes
         if capacity_bytes is None and self._device.name != "cpu":
@@ -202,6 +204,7 @@ class HostPlugin(WorkerPlugin):
             memory=memory,
             environments=environments,
             on_event=self._tell,
+            probes=Probes(device_room_bytes=partial(free_bytes, self._device.name, os.environ)),
         )
         return self._manager
 

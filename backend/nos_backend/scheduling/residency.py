@@ -199,6 +199,8 @@ class Refuse:
     capacity_bytes: int
     pinned_bytes: int
     """Of what is needed and cannot leave."""
+    pinned: tuple[str, ...] = ()
+    """Whose that is: one of these would have to go."""
 
 
 Action: TypeAlias = Load | Evict | Refuse
@@ -387,8 +389,7 @@ class Residency:
         leaving = [item for item in others if item.tier in {Tier.DRAINING, Tier.EVICTING}]
         if not victims and not leaving:
             needed = self._needed([*others, model]) + self._headroom
-            pinned = self._needed([item for item in others if item.pinned])
-            actions.append(Refuse(name, needed, self._capacity, pinned))
+            actions.append(self._refusal(name, needed, [item for item in others if item.pinned]))
             return
         model.wanted_s, model.is_blocked = now_s, True
         if not leaving:
@@ -425,9 +426,7 @@ class Residency:
             if not self._fits([*pinned, model]):
                 model.wanted_s = None
                 needed = self._needed([*pinned, model]) + self._headroom
-                actions.append(
-                    Refuse(name, needed, self._capacity, self._needed(pinned) if pinned else 0)
-                )
+                actions.append(self._refusal(name, needed, pinned))
                 continue
             resident = [m for m in self._models.values() if m.is_resident]
             if self._fits([*resident, model]):
@@ -437,6 +436,10 @@ class Residency:
             self._make_room(model, now_s)
             self._evict_drained(actions, f"room for {name}")
             return
+
+    def _refusal(self, name: str, needed: int, pinned: list[_Model]) -> Refuse:
+        names = tuple(other for other, item in self._models.items() if item in pinned)
+        return Refuse(name, needed, self._capacity, self._needed(pinned), names)
 
     def _make_room(self, newcomer: _Model | None, now_s: float) -> None:
         """Mark victims as draining until the rest, and the newcomer, fit."""

@@ -89,6 +89,17 @@ class HostStore:
         """Whether copies can be parked."""
         return self._folder is not None
 
+    def largest(self, size: int) -> str:
+        """Return the models, by name, whose copies in memory take so many bytes; the largest first."""
+        names, found = [], 0
+        here = (copy for copy in self._copies if copy.is_in_memory)
+        for copy in sorted(here, key=lambda copy: -copy.total_bytes):
+            if found >= size:
+                break
+            names.append(copy.key)
+            found += copy.total_bytes
+        return ", ".join(names)
+
     def missing_bytes(self, size: int) -> int:
         """Return by how much `size` more bytes exceed the budget; 0 if they fit.
 

@@ -132,24 +132,42 @@ class Loader:
         Raises:
             OutOfDeviceMemoryError: If it never does.
         """
-        while self._store.missing_bytes(size_bytes):
-            found = [
-                entry
-                for entry in self._evicted()
-                if entry.is_movable
-                and entry.copy is not None
-                and entry.copy.is_in_memory
-                and not entry.lock.locked()
-            ]
-            if not found or not self._store.has_folder:
+        while missing_bytes := self._store.missing_bytes(size_bytes):
+            idle = self._longest_idle()
+            if idle is None:
                 raise OutOfDeviceMemoryError(
                     "host memory is full",
                     "host_bytes",
                     f"at most {self._store.budget_bytes} bytes",
                     f"{self._store.used_bytes} bytes beside {size_bytes} more",
-                    "Unload models, or raise --host-bytes",
+                    f"Unload {self._store.largest(missing_bytes)}, or raise --host-bytes",
                 )
-            await self._park(min(found, key=lambda entry: entry.left_s))
+            await self._park(idle)
+
+    async def park_idle(self, size_bytes: int) -> int:
+        """Move host copies of evicted models to files until so many bytes are free; return how many are.
+
+        Raises:
+            OutOfDeviceMemoryError: If the files cannot be written.
+        """
+        freed_bytes = 0
+        while freed_bytes < size_bytes and (idle := self._longest_idle()) is not None:
+            freed_bytes += idle.copy.total_bytes if idle.copy else 0
+            await self._park(idle)
+        return freed_bytes
+
+    def _longest_idle(self) -> Entry | None:
+        """Return the evicted model that left first and whose host copy can go to a file."""
+        found = [
+            entry
+            for entry in self._evicted()
+            if self._store.has_folder
+            and entry.is_movable
+            and entry.copy is not None
+            and entry.copy.is_in_memory
+            and not entry.lock.locked()
+        ]
+        return min(found, key=lambda entry: entry.left_s, default=None)
 
     async def _park(self, entry: Entry) -> None:
         copy, started_s = entry.copy, self._loop.time()

@@ -31,6 +31,7 @@ from nos_backend.worker.launcher import Launcher
 from nos_backend.worker.loader import Loader
 from nos_backend.worker.memory import DeviceMemory, MemoryOptions, Transition
 from nos_backend.worker.slots import Slots
+from nos_backend.worker.surroundings import Probes, Surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -70,6 +71,7 @@ class ModelManager:
         use_forkserver: bool = True,
         environments: Environments | None = None,
         on_event: Callable[[str, str, str], None] = _ignore,
+        probes: Probes | None = None,
     ) -> None:
         """Make a manager without models, on the running event loop.
 
@@ -87,6 +89,7 @@ class ModelManager:
                 such models.
             on_event: Called on the loop with (kind, model key, message). Kinds: `loading`, `loaded`,
                 `unloaded`, `evicted`, `failed`, `quarantined`, `executor-started`, `executor-lost`.
+            probes: How to look at what others use of the machine and the device.
         """
         on_cpu = device == "cpu"
         cores = len(os.sched_getaffinity(0))
@@ -95,8 +98,9 @@ class ModelManager:
         self.capacity_bytes = options.capacity_bytes
         self._options = options
         self._loop = asyncio.get_running_loop()
+        usable_bytes = options.capacity_bytes or int(host_memory_bytes() * _HOST_SHARE)
         self._memory = DeviceMemory(
-            options.to_residency(options.capacity_bytes or int(host_memory_bytes() * _HOST_SHARE)),
+            options.to_residency(usable_bytes),
             load=self._bring,
             evict=self._take_off,
             has_work=lambda key: self._dispatcher.num_pending(key) > 0,
@@ -116,6 +120,9 @@ class ModelManager:
         )
         self._store = HostStore(budget_bytes=options.host_bytes, folder=options.folder)
         self._loader = Loader(self._launcher, self._store, self._evicted, self._memory.note_parked)
+        self._surroundings = Surroundings(
+            probes or Probes(), self._memory, self._loader, usable_bytes
+        )
         self._on_event = on_event
         self._entries: dict[str, Entry] = {}
         self._slots = Slots(
@@ -133,6 +140,7 @@ class ModelManager:
     async def start(self) -> None:
         """Prepare the fork server in the background."""
         self._launcher.prepare()
+        self._spawn(self._surroundings.watch(), "watch the surroundings")
 
     def spec(self, key: str) -> models_pb2.ModelSpec:
         """Return the interface of a model that is here or on its way.
@@ -216,7 +224,7 @@ class ModelManager:
         """Return the state of the device in plain types."""
         return {
             "device": self.device,
-            "capacity_bytes": self.capacity_bytes or 0,
+            "capacity_bytes": self._surroundings.capacity_bytes if self.capacity_bytes else 0,
             "used_bytes": self._memory.used_bytes,
             "num_queued": self._dispatcher.num_queued,
             "num_running": self._dispatcher.num_running,
@@ -317,6 +325,14 @@ class ModelManager:
         async with entry.slot.lock:
             await self._end_if_empty(entry.slot)
 
+    def note_activations(self, key: str, activation_bytes: int) -> None:
+        """Take into the budget what one call of a model needs at its largest batch, beside its weights."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.activation_bytes != activation_bytes:
+            entry.activation_bytes = activation_bytes
+            if self._memory.is_known(key):
+                self._keep(entry)
+
     def _keep(self, entry: Entry) -> None:
         """Say what a model needs, and how long it may stay."""
         idle_unload_s = self._options.idle_unload_s
@@ -324,7 +340,12 @@ class ModelManager:
             idle_unload_s = entry.spec.idle_unload_s or None
         self._memory.add(
             entry.key,
-            Footprint(weight_bytes=entry.weight_bytes, executor=entry.slot.name),
+            Footprint(
+                weight_bytes=entry.weight_bytes,
+                activation_bytes=entry.activation_bytes,
+                executor=entry.slot.name,
+                context_bytes=0 if entry.slot.device == "cpu" else self._options.context_bytes,
+            ),
             is_pinned=entry.spec.is_pinned or not entry.can_leave,
             idle_unload_s=idle_unload_s if entry.can_leave else None,
         )
@@ -525,7 +546,7 @@ class ModelManager:
             reason,
         )
         self._on_event("executor-lost", culprit.key if culprit else "", reason)
-        self._dispatcher.lost(name, reason)
+        is_searching = self._dispatcher.lost(name, reason)
         returning = []
         for entry in others:
             was_bound, entry.is_bound = entry.is_bound, False
@@ -533,7 +554,8 @@ class ModelManager:
                 if entry.ready.done():
                     entry.ready = self._loop.create_future()
                 returning.append(entry)
-        self._blame(slot, culprit, others, reason)
+        if not is_searching:
+            self._blame(slot, culprit, others, reason)
         self._spawn(self._restart(slot, returning), f"restart {name}")
 
     def _blame(

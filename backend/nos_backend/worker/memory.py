@@ -15,6 +15,7 @@ from nos_backend.scheduling.eviction import POLICIES
 from nos_backend.scheduling.residency import (
     Action,
     Added,
+    CapacityChanged,
     Event,
     Evict,
     Evicted,
@@ -61,6 +62,9 @@ class MemoryOptions:
     """Of the device; None means what there is."""
     headroom_bytes: int = 0
     """Of the capacity, what stays free always."""
+    context_bytes: int = 512 << 20
+    """What an executor holds of a device that is not the CPU before it has a model: 426 MiB were seen with
+    torch 2.10 (pytorch issue 86509 names 287 to 667 MB by generation)."""
     eviction: str = "lru"
     """`lru`, `fifo`, `lfu` or `gdsf`."""
     max_models: int | None = None
@@ -168,6 +172,10 @@ class DeviceMemory:
         """What the models on the device need together."""
         return self._residency.used_bytes
 
+    def set_capacity(self, capacity_bytes: int) -> None:
+        """The device has more or less room for models than was thought."""
+        self._handle(CapacityChanged(capacity_bytes))
+
     def may_start(self, key: str) -> bool:
         """Return whether a batch of the model may be started now."""
         return self._residency.may_start(key)
@@ -178,6 +186,10 @@ class DeviceMemory:
             return ""
         tier = self._residency.tier(key)
         return self._records[key].below if tier is Tier.HOST else _STATES[tier]
+
+    def is_known(self, key: str) -> bool:
+        """Return whether a model was added, and not removed since."""
+        return self._residency.knows(key)
 
     def is_on_device(self, key: str) -> bool:
         """Return whether its bytes are on the device, or on the way."""
@@ -327,7 +339,9 @@ class DeviceMemory:
                     f"at most {action.capacity_bytes} bytes",
                     f"{action.needed_bytes} bytes"
                     + (f", {action.pinned_bytes} of them pinned" if action.pinned_bytes else ""),
-                    "Unload a pinned model, or raise --capacity-bytes",
+                    f"Unpin or unload {', '.join(action.pinned)}"
+                    if action.pinned
+                    else "Raise --capacity-bytes, or use a smaller model",
                 )
                 self._end_waiters(key, error)
                 self._on_refused(key, error)

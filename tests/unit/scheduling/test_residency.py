@@ -16,6 +16,7 @@ from nos_backend.scheduling.residency import (
     Loaded,
     LoadFailed,
     NoRoom,
+    Overran,
     Refuse,
     Removed,
     Residency,
@@ -106,7 +107,7 @@ def test_a_pinned_model_never_leaves_and_the_refusal_says_so():
     state = device({"b": 10}, capacity_bytes=12)
     state.handle(Added("a", Footprint(weight_bytes=10), pinned=True), 0)
     use(state, "a", 1)
-    assert state.handle(Wanted("b"), 2) == [Refuse("b", 20, 12, 10)]
+    assert state.handle(Wanted("b"), 2) == [Refuse("b", 20, 12, 10, ("a",))]
     assert state.tier("a") is Tier.DEVICE
 
 
@@ -170,6 +171,20 @@ def test_no_room_takes_models_off_one_by_one_and_refuses_at_last():
     assert state.handle(NoRoom("new"), 7) == [Evict("b", "room")]
     assert state.handle(Evicted("b"), 8) == [Load("new")]
     assert state.handle(NoRoom("new"), 9) == [Refuse("new", 10, 100, 0)]
+
+
+def test_a_call_without_room_takes_idle_models_off_and_never_those_that_run_or_itself():
+    state = device({"a": 10, "b": 10, "c": 10}, capacity_bytes=100)
+    for now_s, name in enumerate(("a", "b", "c"), 1):
+        use(state, name, now_s)
+    state.handle(Started("a"), 4)
+    state.handle(Started("b"), 4)
+    assert state.handle(Overran("a"), 5) == [Evict("c", "room for a call of a")]
+    assert state.is_evicting
+    assert state.handle(Overran("b"), 5) == [], "one at a time is enough to look again"
+    state.handle(Evicted("c"), 6)
+    assert state.handle(Overran("a"), 7) == []
+    assert not state.is_evicting
 
 
 def test_less_capacity_takes_models_off():
@@ -250,6 +265,11 @@ class RandomTrace(RuleBasedStateMachine):
             self.feed(Evicted(action.model))
         else:
             self.feed(LoadFailed(action.model) if fails else Loaded(action.model))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def overrun(self, data):
+        self.feed(Overran(data.draw(st.sampled_from(self.running))))
 
     @rule()
     def tick(self):
