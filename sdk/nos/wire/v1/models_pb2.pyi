@@ -347,6 +347,7 @@ class ModelSpec(_message.Message):
     CALL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     IS_PINNED_FIELD_NUMBER: _builtins.int
     IDLE_UNLOAD_S_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, for instance `nos/digits`."""
     version: _builtins.int
@@ -375,6 +376,10 @@ class ModelSpec(_message.Message):
     def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___Method]:
         """Its public methods."""
 
+    @_builtins.property
+    def environment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Packages that it needs besides the server's, as PEP 508 writes them, normalized and in order."""
+
     def __init__(
         self,
         *,
@@ -390,10 +395,11 @@ class ModelSpec(_message.Message):
         call_timeout_s: _builtins.float = ...,
         is_pinned: _builtins.bool = ...,
         idle_unload_s: _builtins.float | None = ...,
+        environment: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "idle_unload_s", b"idle_unload_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "call_timeout_s", b"call_timeout_s", "device", b"device", "doc", b"doc", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned", "isolation", b"isolation", "methods", b"methods", "name", b"name", "owner", b"owner", "source_sha256", b"source_sha256", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "call_timeout_s", b"call_timeout_s", "device", b"device", "doc", b"doc", "environment", b"environment", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned", "isolation", b"isolation", "methods", b"methods", "name", b"name", "owner", b"owner", "source_sha256", b"source_sha256", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__idle_unload_s: _TypeAlias = _typing.Literal["idle_unload_s"]  # noqa: Y015
     _WhichOneofArgType__idle_unload_s: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s"]  # noqa: Y015
@@ -682,6 +688,7 @@ class RegisterModelRequest(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     IS_PINNED_FIELD_NUMBER: _builtins.int
     IDLE_UNLOAD_S_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: letters, digits, `.`, `_`, `-`, with `/` between parts; at most 200 characters."""
     source: _builtins.str
@@ -708,6 +715,10 @@ class RegisterModelRequest(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
         """Files it needs; uploaded before."""
 
+    @_builtins.property
+    def environment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Packages that it needs besides the server's, as PEP 508 writes them; empty leaves it to the source."""
+
     def __init__(
         self,
         *,
@@ -722,10 +733,11 @@ class RegisterModelRequest(_message.Message):
         data: _builtins.bytes = ...,
         is_pinned: _builtins.bool | None = ...,
         idle_unload_s: _builtins.float | None = ...,
+        environment: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "class_name", b"class_name", "data", b"data", "device", b"device", "files", b"files", "idle_unload_s", b"idle_unload_s", "init_arguments", b"init_arguments", "is_pinned", b"is_pinned", "isolation", b"isolation", "name", b"name", "source", b"source", "source_name", b"source_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "class_name", b"class_name", "data", b"data", "device", b"device", "environment", b"environment", "files", b"files", "idle_unload_s", b"idle_unload_s", "init_arguments", b"init_arguments", "is_pinned", b"is_pinned", "isolation", b"isolation", "name", b"name", "source", b"source", "source_name", b"source_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__idle_unload_s: _TypeAlias = _typing.Literal["idle_unload_s"]  # noqa: Y015
     _WhichOneofArgType__idle_unload_s: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s"]  # noqa: Y015
