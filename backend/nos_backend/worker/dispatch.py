@@ -16,20 +16,16 @@ from nos_backend.scheduling import device_queue
 from nos_backend.scheduling.device_queue import (
     Batch,
     CancelCall,
-    Culprit,
     DeviceQueue,
     Drained,
     End,
     Held,
     KillExecutor,
-    PutBack,
     Refuse,
     Start,
 )
 from nos_backend.worker import batches
-from nos_backend.worker.culprits import Culprits, digest
 from nos_backend.worker.executors import Executor, Reply
-from nos_backend.worker.inputs import Input
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +33,7 @@ if TYPE_CHECKING:
     from nos.wire.v1 import models_pb2
 
     from nos_backend.worker.executors import Block, Blocks
+    from nos_backend.worker.inputs import Input
     from nos_backend.worker.memory import DeviceMemory
 
 _logger = logging.getLogger(__name__)
@@ -95,8 +92,6 @@ class _Run:
     blocks: list[Block | None]
     #: The input of all.
     joined: Blocks | None = None
-    #: Names what runs, where that may be what ended an executor.
-    digest: str = ""
     #: Whether one failed that ran alone.
     has_culprit: bool = False
     #: Whether all together found no room.
@@ -143,11 +138,6 @@ class Dispatcher:
         self._num_answered: dict[str, int] = {}
         #: How calls are joined, by (model, method).
         self._plans: dict[tuple[str, str], batches.Plan] = {}
-        #: What runs on each slot.
-        self._runs: dict[str, _Run] = {}
-        self._culprits = Culprits()
-        #: Set while an executor is lost of which nobody knows yet what ended it.
-        self._is_searching = False
         self._held: dict[str, asyncio.Future[None]] = {}
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -190,18 +180,11 @@ class Dispatcher:
         """Forget the slot's executor, which has no model left."""
         self._executors.pop(slot, None)
 
-    def lost(self, slot: str, reason: str) -> bool:
-        """The slot's executor died; its models wait until they are opened again.
-
-        Returns:
-            Whether the call that ended it is being looked for among those of a batch.
-        """
+    def lost(self, slot: str, reason: str) -> None:
+        """The slot's executor died; its models wait until they are opened again."""
         self._executors.pop(slot, None)
-        self._is_searching = False
         self._apply(self._queue.executor_lost(slot, reason, now_s=self._loop.time()))
-        self._runs.pop(slot, None)
         self._resolve(self._held.pop(slot, None))
-        return self._is_searching
 
     def open(
         self,
@@ -231,7 +214,6 @@ class Dispatcher:
         """End what waits for a model."""
         self._apply(self._queue.close_model(model, error, now_s=self._loop.time()))
         self._num_answered.pop(model, None)
-        self._culprits.forget(model)
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] != model}
         self._resolve(self._drained.pop(model, None))
 
@@ -267,8 +249,6 @@ class Dispatcher:
     def submit(self, request: Request) -> None:
         """Queue a request; its sink hears of a refusal at once."""
         now_s = request.arrived_s = self._loop.time()
-        if self._culprits.has(request.model) and not self._may_run(request):
-            return
         self._requests[request.id] = request
         plan = self._plans.get((request.model, request.method))
         part = request.part = plan.part(request.arguments) if plan else None
@@ -297,18 +277,6 @@ class Dispatcher:
             self._timer.cancel()
         for rescue in self._rescues:
             rescue.cancel()
-
-    def _may_run(self, request: Request) -> bool:
-        """Whether a request is not known to end its executor; else it has ended."""
-        try:
-            self._culprits.check(request.model, request.method, _digest(request))
-        except NosError as error:
-            if request.input is not None:
-                request.input.release()
-                request.input = None
-            request.sink(failure(error))
-            return False
-        return True
 
     # Carrying out.
 
@@ -340,12 +308,6 @@ class Dispatcher:
                 if unwanted is not None:
                     unwanted.release()
                 self._end(request_id, failure(error))
-            case PutBack(batch):
-                self._put_back(batch)
-            case Culprit(request_id):
-                request = self._requests.get(request_id)
-                if request is not None:
-                    self._blame(request)
             case CancelCall(request_id, slot):
                 executor = self._executors.get(slot)
                 if executor is not None:
@@ -361,14 +323,11 @@ class Dispatcher:
 
     def _start(self, batch: Batch) -> None:
         run = _Run(batch, self._executors[batch.executor], [], [])
-        self._runs[batch.executor] = run
         now_s = self._loop.time()
         self._memory.started(batch.model)
         for request in [self._requests[item.id] for item in batch.requests]:
             request.granted_s = now_s
             request.batch_wait_s = min(batch.gather_s, now_s - request.arrived_s)
-            if batch.is_suspect and len(batch.requests) == 1:
-                run.digest = _digest(request)
             taken, request.input = request.input, None
             try:
                 block = taken.hand_over(run.executor) if taken else None
@@ -379,36 +338,10 @@ class Dispatcher:
             else:
                 run.open.append(request)
                 run.blocks.append(block)
-        if len(run.open) < len(batch.requests):
-            self._queue.separated(batch.id, batch.executor)
         if len(run.open) > 1:
             self._call_as_one(run)
         else:
             self._call_each(run)
-
-    def _put_back(self, batch: Batch) -> None:
-        """Keep the input of a batch's requests, which will be started again on another executor."""
-        self._is_searching = True
-        run = self._runs[batch.executor]
-        for request, block in zip(run.open, run.blocks, strict=True):
-            if block is not None and self._queue.is_live(request.id):
-                request.input = Input.copy_of(block.view)
-        _logger.warning(
-            "a batch of %d requests of %s ended its executor: looking for the one that does",
-            len(batch.requests),
-            batch.model,
-        )
-
-    def _blame(self, request: Request) -> None:
-        """Refuse a request from now on that ended an executor alone, as its batch had."""
-        found = next(run.digest for run in self._runs.values() if request in run.open)
-        self._culprits.add(request.model, found)
-        _logger.warning(
-            "a call of %s (%s) ended its executor alone, and is refused from now on: %s",
-            request.model,
-            request.method,
-            found,
-        )
 
     def _call_as_one(self, run: _Run) -> None:
         head = run.open[0]
@@ -441,8 +374,8 @@ class Dispatcher:
             self._rescue(run, reply, again, partial(self._on_joined_reply, run, joined, arguments))
             return
         if isinstance(reply.error, ExecutorLostError):
-            self._lose(run, reply, reply.error)
             joined.release()
+            self._lose(run, reply, reply.error)
             return
         parts = [request.part for request in run.open if request.part is not None]
         try:
@@ -460,7 +393,6 @@ class Dispatcher:
 
     def _retry(self, run: _Run, joined: Blocks) -> None:
         """Run each request of a failed batch alone, so that one that fails fails for itself."""
-        self._queue.separated(run.batch.id, run.batch.executor)
         if joined.is_kept:
             # A model refers to the blocks, which the calls would give back at their end.
             copies: list[Block | None] = []
@@ -603,7 +535,6 @@ class Dispatcher:
 
     def _finish(self, batch: Batch) -> None:
         self._memory.finished(batch.model)
-        self._runs.pop(batch.executor, None)
         self._apply(self._queue.finish(batch.id, batch.executor, now_s=self._loop.time()))
 
     def _end(self, request_id: int, reply: Reply) -> None:
@@ -633,8 +564,3 @@ class Dispatcher:
     def _resolve(future: asyncio.Future[None] | None) -> None:
         if future is not None and not future.done():
             future.set_result(None)
-
-
-def _digest(request: Request) -> str:
-    view = request.input.view if request.input is not None else memoryview(b"")
-    return digest(request.method, request.arguments, view)
