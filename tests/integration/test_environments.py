@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import io
 import subprocess
 import tarfile
+import time
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import nos
 import pytest
 import pytest_asyncio
-from nos.errors import LoadError
+from nos.errors import InvalidRequestError, LoadError, ModelError
 from nos_backend.worker.environments import EnvironmentOptions, Environments
 
-pytestmark = [pytest.mark.accept("F3"), pytest.mark.asyncio(loop_scope="function")]
+from tests.accept import Accept
+from tests.servers import start_server
+
+pytestmark = pytest.mark.accept("F3")
 
 
 def make_wheel(folder: Path, name: str, source: str, *, requires: str = "") -> None:
@@ -76,6 +82,7 @@ def ask(python: str, code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.asyncio
 async def test_many_who_want_one_build_it_once_and_for_good(
     environments: Environments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +96,7 @@ async def test_many_who_want_one_build_it_once_and_for_good(
     assert await later.python(["nostestpkg"]) == found[0]
 
 
+@pytest.mark.asyncio
 async def test_one_has_the_servers_torch_and_nothing_else_of_it(environments: Environments) -> None:
     python = await environments.python(["nostestdep"])
     assert ask(python, "import torch, numpy; print(torch.ones(2).numpy().sum())") == "2.0"
@@ -98,6 +106,7 @@ async def test_one_has_the_servers_torch_and_nothing_else_of_it(environments: En
         assert ask(python, wanted) == "None"
 
 
+@pytest.mark.asyncio
 async def test_two_workers_build_it_once(tmp_path: Path, wheels: Path) -> None:
     options = EnvironmentOptions(folder=tmp_path / "environments")
     workers = [Environments(options), Environments(options)]
@@ -106,6 +115,7 @@ async def test_two_workers_build_it_once(tmp_path: Path, wheels: Path) -> None:
     assert ask(found[0], "import nostestdep; print(nostestdep.ANSWER)") == "41"
 
 
+@pytest.mark.asyncio
 async def test_a_failed_build_tells_the_end_of_its_log(
     environments: Environments, tmp_path: Path
 ) -> None:
@@ -115,6 +125,7 @@ async def test_a_failed_build_tells_the_end_of_its_log(
     assert [name for name in left if name.startswith("env")] == []
 
 
+@pytest.mark.asyncio
 async def test_a_source_package_is_never_run(environments: Environments, wheels: Path) -> None:
     told = wheels / "told"
     make_source_package(wheels, "evil", f"open({str(told)!r}, 'w')")
@@ -123,6 +134,7 @@ async def test_a_source_package_is_never_run(environments: Environments, wheels:
     assert not exists(told)
 
 
+@pytest.mark.asyncio
 async def test_one_that_takes_too_long_or_too_much_is_ended(tmp_path: Path, wheels: Path) -> None:
     folder = tmp_path / "environments"
     slow = Environments(EnvironmentOptions(folder=folder, build_timeout_s=0))
@@ -133,6 +145,7 @@ async def test_one_that_takes_too_long_or_too_much_is_ended(tmp_path: Path, whee
         await large.python(["nostestdep"])
 
 
+@pytest.mark.asyncio
 async def test_what_nobody_wants_any_more_is_deleted(tmp_path: Path, wheels: Path) -> None:
     folder = tmp_path / "environments"
     kept = Environments(EnvironmentOptions(folder=folder))
@@ -143,3 +156,47 @@ async def test_what_nobody_wants_any_more_is_deleted(tmp_path: Path, wheels: Pat
     assert not exists(folder / "env-abandoned.1")
     Environments(EnvironmentOptions(folder=folder, keep_s=-1)).collect()
     assert not exists(python)
+
+
+MODEL = """
+import nos
+
+@nos.model(name="me/asks", env=["nostestpkg"])
+class Asks:
+    def __call__(self) -> int:
+        import nostestpkg
+        return nostestpkg.ANSWER
+    def lacks(self) -> bool:
+        import importlib.util
+        return importlib.util.find_spec("dask") is None
+"""
+
+
+def test_a_model_runs_with_packages_that_the_server_lacks(
+    tmp_path: Path, wheels: Path, accept: Accept
+) -> None:
+    with pytest.raises(ImportError):
+        importlib.import_module("nostestpkg")
+    server = start_server(tmp_path, "--idle-shutdown-s", "0")
+    try:
+        with nos.connect(server.address, token_file=server.token_file) as client:
+            assert client.register(MODEL).spec.environment == ("nostestpkg",)
+            model = client.model("me/asks")
+            assert model() == 42
+            assert model.lacks() is True
+            started_s = time.monotonic()
+            client.register(MODEL.replace("asks", "asks-too"))
+            assert client.model("me/asks-too")() == 42
+            accept.figure(time.monotonic() - started_s, 2, "s")
+            plain = client.register("def plain(): import nostestpkg", name="me/plain")
+            assert plain.spec.environment == ()
+            with pytest.raises(ModelError, match="nostestpkg"):
+                client.model("me/plain")()
+            client.register("def broken(): ...", name="me/broken", env=["no-such-package"])
+            with pytest.raises(LoadError, match="no-such-package"):
+                client.load("me/broken")
+            with pytest.raises(InvalidRequestError, match="no option of an installer"):
+                client.register("def f(): ...", name="me/f", env=["--index-url http://evil"])
+            assert model() == 42
+    finally:
+        server.stop()
