@@ -22,6 +22,7 @@ from nos.errors import (
     MethodNotFoundError,
     ModelError,
     NosError,
+    OverloadedError,
     PermissionDeniedError,
     UnauthenticatedError,
     UnavailableError,
@@ -282,7 +283,8 @@ def test_a_frame_past_its_deadline_fails_and_never_runs(plane: Plane) -> None:
     stream.send(5.0, timeout_s=0.05)
     found = stream.results()
     assert found[1] == 0.3
-    assert isinstance(found[2], DeadlineExceededError)
+    # Refused at once where it is known that the first one takes longer.
+    assert isinstance(found[2], DeadlineExceededError | OverloadedError)
     assert plane.model(SLOW)["num_answered"] == answered + 1
 
 

@@ -45,6 +45,8 @@ class Batch:
     """Of all requests."""
     gather_s: float = 0.0
     """How long it could have run and waited for more requests instead."""
+    is_suspect: bool = False
+    """Whether one of its requests may be what ended an executor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,20 @@ class End:
 
     request_id: int
     error: NosError | None
+
+
+@dataclass(frozen=True, slots=True)
+class PutBack:
+    """The executor died of a batch: its requests without an end will be started again, in smaller ones."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """The request ended an executor within a batch and then alone; its `End` follows."""
+
+    request_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,4 +116,6 @@ class Drained:
     model: str
 
 
-Action: TypeAlias = Start | Refuse | End | CancelCall | KillExecutor | Held | Drained
+Action: TypeAlias = (
+    Start | Refuse | End | PutBack | Culprit | CancelCall | KillExecutor | Held | Drained
+)

@@ -10,13 +10,12 @@ past says that they come back at once, and if nobody else has use for it.
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from nos_backend.scheduling.actions import Request
 
@@ -33,6 +32,9 @@ _FORGETTING: Final = 0.99
 #: A batch that took so many times the predicted time says something about the machine, not about its rows.
 _OUTLIER: Final = 4.0
 _FEW_SAMPLES: Final = 8
+#: What a batch takes is known while predictions are wrong by no more than this, on average of the last ten.
+_KNOWN: Final = 0.5
+_MISS_SMOOTHING: Final = 0.1
 #: Share of the newest sample in a sender's mean gap.
 _SMOOTHING: Final = 0.3
 #: A gap longer than so many windows counts as that, so that one pause of a sender is soon forgotten.
@@ -76,6 +78,8 @@ class BatchTime:
         self.t0_s = 0.0
         #: Of each row.
         self.row_s = 0.0
+        #: Smoothed error of predictions, relative to them.
+        self._miss = 0.0
         #: Of 1, b, b^2, t and b t.
         self._sums = [0.0] * 5
 
@@ -85,11 +89,19 @@ class BatchTime:
         expected_s = self.predict_s(rows)
         if self.num_samples == 2:  # noqa: PLR2004 - the first was all there was
             self._sums = [0.0] * 5
-        elif self.num_samples > _FEW_SAMPLES and expected_s:
+        elif expected_s:
+            miss = min(abs(took_s - expected_s) / expected_s, _OUTLIER)
+            self._miss += _MISS_SMOOTHING * (miss - self._miss)
+        if self.num_samples > _FEW_SAMPLES and expected_s:
             took_s = min(took_s, _OUTLIER * expected_s)
         sample = (1.0, rows, rows * rows, took_s, rows * took_s)
         self._sums = [_FORGETTING * old + new for old, new in zip(self._sums, sample, strict=True)]
         self._solve()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether predictions come true, so that a request may be turned away because of one."""
+        return self.num_samples >= _FEW_SAMPLES and self._miss < _KNOWN
 
     def predict_s(self, rows: int) -> float:
         """Return how long a batch of so many rows takes; 0 if nothing is known."""
@@ -174,7 +186,7 @@ def gather_window_s(time: BatchTime) -> float:
 
 def form(
     head: Request,
-    lanes: Iterable[tuple[float, int, Iterable[Request]]],
+    lanes: Iterable[tuple[float, int, Collection[Request]]],
     limits: BatchLimits,
     time: BatchTime,
     now_s: float,
@@ -195,20 +207,31 @@ def form(
         return batch
     rows, size_bytes = head.rows, head.size_bytes
     deadline_s = _deadline(head)
-    turns: list[tuple[float, int, Request, Iterator[Request]]] = []
+    leaves_doomed = not is_doomed(head, time, now_s)
+    # Who would be late after one more batch goes first, in half of this one at most: it was admitted because
+    # there was time for it, and newer requests of other lanes went before it since.
+    soon_s = now_s + 4 * time.predict_s(limits.max_rows) if leaves_doomed else 0.0
+    hurried_rows = 0
+    turns: list[tuple[bool, float, int, float, Request, Iterator[Request]]] = []
 
     def next_of(virtual_time: float, order: int, waiting: Iterator[Request]) -> None:
-        found = next((item for item in waiting if item.key == head.key and item is not head), None)
-        if found is not None:
-            heapq.heappush(turns, (virtual_time, order, found, waiting))
+        for item in waiting:
+            is_left = item is head or (leaves_doomed and is_doomed(item, time, now_s))
+            if item.key == head.key and not is_left:
+                has_time = _deadline(item) >= soon_s
+                turn = virtual_time if has_time else _deadline(item)
+                heapq.heappush(turns, (has_time, turn, order, virtual_time, item, waiting))
+                return
 
-    for virtual_time, order, waiting in lanes:
-        requests = iter(waiting)
-        first = next(requests, head)
-        spent_s = _step_s(head, time) if first is head else 0.0
-        next_of(virtual_time + spent_s, order, itertools.chain((first,), requests))
+    for virtual_time, order, requests in lanes:
+        is_of_head = next(iter(requests), None) is head
+        spent_s = _step_s(head, time) if is_of_head else 0.0
+        next_of(virtual_time + spent_s, order, iter(requests))
     while turns and rows < limits.max_rows:
-        virtual_time, order, request, waiting = heapq.heappop(turns)
+        has_time, _, order, virtual_time, request, waiting = heapq.heappop(turns)
+        if not has_time and 2 * hurried_rows >= limits.max_rows:
+            heapq.heappush(turns, (True, virtual_time, order, virtual_time, request, waiting))
+            continue
         more_rows, more_bytes = rows + request.rows, size_bytes + request.size_bytes
         if more_rows > limits.max_rows or more_bytes > limits.max_bytes:
             continue  # its lane keeps its order: nothing behind it goes first
@@ -216,10 +239,18 @@ def form(
         ends_s = now_s + time.predict_s(more_rows)
         if ends_s > first_deadline_s >= now_s + time.predict_s(rows):
             continue
+        hurried_rows += 0 if has_time else request.rows
         rows, size_bytes, deadline_s = more_rows, more_bytes, first_deadline_s
         batch.append(request)
         next_of(virtual_time + _step_s(request, time), order, waiting)
     return batch
+
+
+def is_doomed(request: Request, time: BatchTime, now_s: float) -> bool:
+    """Whether a request is late even if it starts now and alone, as far as is known."""
+    if request.deadline_s is None or not time.is_known:
+        return False
+    return now_s + time.predict_s(request.rows) > request.deadline_s
 
 
 def _step_s(request: Request, time: BatchTime) -> float:

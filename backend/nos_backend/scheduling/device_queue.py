@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from nos.errors import (
@@ -24,7 +23,6 @@ from nos.errors import (
     DeadlineExceededError,
     ExecutorLostError,
     NosError,
-    OverloadedError,
     UnavailableError,
 )
 
@@ -32,88 +30,61 @@ from nos_backend.scheduling.actions import (
     Action,
     Batch,
     CancelCall,
+    Culprit,
     Drained,
     End,
     Held,
     KillExecutor,
+    PutBack,
     Refuse,
     Request,
     Start,
 )
-from nos_backend.scheduling.batching import (
-    BatchLimits,
-    BatchTime,
-    Gatherer,
-    form,
-    gather_window_s,
+from nos_backend.scheduling.admission import (
+    MAX_QUEUED,
+    MAX_QUEUED_BYTES,
+    displaced,
+    late,
+    make_room,
+    queued_s,
+    work_s,
 )
+from nos_backend.scheduling.batching import BatchLimits, form, gather_window_s, is_doomed
+from nos_backend.scheduling.lanes import Lane, Lanes, Model
+from nos_backend.scheduling.suspects import Suspects
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = [
     "Action",
     "Batch",
     "BatchLimits",
     "CancelCall",
+    "Culprit",
     "DeviceQueue",
     "Drained",
     "End",
     "Held",
     "KillExecutor",
+    "PutBack",
     "Refuse",
     "Request",
     "Start",
 ]
 
-MAX_QUEUED: Final = 256
-MAX_QUEUED_BYTES: Final = 512 << 20
-
-#: Share of the newest sample in a model's mean time per request.
-_SMOOTHING = 0.3
 #: What a batch is charged at least, so that lanes take turns whatever the clock's grain.
-_LEAST_CHARGE_S = 1e-6
-_MAX_RETRY_AFTER_S = 5.0
-_MIN_RETRY_AFTER_S = 0.05
-#: Idle lanes and stale deadlines kept before they are swept.
-_SLACK = 64
-
-
-@dataclass(slots=True, eq=False)
-class _Lane:
-    model: str
-    tenant: str
-    #: Where the lane stands in virtual time; never decreases.
-    virtual_time: float = 0.0
-    #: Tells lanes of equal virtual time apart: which became active first.
-    order: int = 0
-    waiting: OrderedDict[int, Request] = field(default_factory=OrderedDict)
-
-
-@dataclass(slots=True, eq=False)
-class _Model:
-    executor: str
-    call_timeout_s: float
-    #: Whether batches may start; false while its executor is lost or starting.
-    is_ready: bool = True
-    is_draining: bool = False
-    num_waiting: int = 0
-    waiting_bytes: int = 0
-    waiting_rows: int = 0
-    num_running: int = 0
-    #: Smoothed time per request; 0 until one ended.
-    mean_s: float = 0.0
-    limits: BatchLimits = field(default_factory=BatchLimits)
-    time: BatchTime = field(default_factory=BatchTime)
-    gatherer: Gatherer = field(default_factory=Gatherer)
-    #: Since when it could run and waits for more requests; None while it does not.
-    gathering_s: float | None = None
+_LEAST_CHARGE_S: Final = 1e-6
+#: The longest batch while another model has work: a running batch is not interrupted.
+QUANTUM_S: Final = 50e-3
+#: Stale deadlines kept before they are swept.
+_SLACK: Final = 64
 
 
 @dataclass(slots=True, eq=False)
 class _Running:
     batch: Batch
-    model: _Model
+    model: Model
     started_s: float
     #: When the executor is killed for it; None for never, or once that was asked.
     kill_s: float | None
@@ -122,15 +93,9 @@ class _Running:
     #: What it was expected to take, as it was charged.
     charged_s: float
     #: Who pays: lanes and their parts of each second.
-    payers: list[tuple[_Lane, float]]
-
-
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    request: Request
-    arrived_s: float
-    #: Whether its executor died before while it waited.
-    was_requeued: bool = False
+    payers: list[tuple[Lane, float]]
+    #: Whether its requests run one after the other, after they failed together.
+    is_separate: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -148,31 +113,31 @@ class DeviceQueue:
         max_concurrent_batches: int,
         max_queued: int = MAX_QUEUED,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
+        quantum_s: float = QUANTUM_S,
         may_start: Callable[[str], bool] = lambda _model: True,
     ) -> None:
         """Make an empty queue.
 
         Args:
             max_concurrent_batches: Grants of the device.
-            max_queued: Waiting requests per model.
+            max_queued: Waiting requests per model whose senders do not wait for them.
             max_queued_bytes: Their bytes per model; one larger request is admitted alone.
+            quantum_s: Of a batch at most while another model has work, if it can be made smaller.
             may_start: Whether a model's weights are on the device; `tick` after it has changed.
         """
         self.max_concurrent_batches = max_concurrent_batches
         self.max_queued = max_queued
         self.max_queued_bytes = max_queued_bytes
+        self.quantum_s = quantum_s
         self._may_start = may_start
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, Model] = {}
         self._executors: dict[str, _Executor] = {}
-        #: Lanes with waiting requests, and idle ones whose virtual time is still ahead.
-        self._lanes: dict[tuple[str, str], _Lane] = {}
-        #: Waiting requests, each also in its lane, in order of arrival.
-        self._waiting: dict[int, _Waiting] = {}
+        self._lanes = Lanes()
+        self._suspects = Suspects()
         #: Requests that were started and have had no `End` yet: which executor runs them.
         self._running: dict[int, str] = {}
         #: (deadline, request); stale entries are skipped.
         self._deadlines: list[tuple[float, int]] = []
-        self._virtual_now = 0.0
         #: When a batch that waits for more requests starts without them; None if none does.
         self._gathered_s: float | None = None
         self._sequence = itertools.count(1)
@@ -182,7 +147,7 @@ class DeviceQueue:
     @property
     def num_queued(self) -> int:
         """Requests that wait."""
-        return len(self._waiting)
+        return len(self._lanes)
 
     @property
     def num_running(self) -> int:
@@ -192,11 +157,11 @@ class DeviceQueue:
     def num_pending(self, model: str) -> int:
         """Requests of a model that wait or run."""
         found = self._models.get(model)
-        return found.num_waiting + found.num_running if found else 0
+        return self._lanes.num_of(model) + found.num_running if found else 0
 
     def is_live(self, request_id: int) -> bool:
         """Whether an admitted request has had no `End` yet."""
-        return request_id in self._waiting or request_id in self._running
+        return request_id in self._lanes or request_id in self._running
 
     def running_model(self, executor: str) -> str | None:
         """Which model's batch an executor runs."""
@@ -230,7 +195,7 @@ class DeviceQueue:
         """
         found = self._models.get(model)
         if found is None:
-            found = self._models[model] = _Model(executor, call_timeout_s)
+            found = self._models[model] = Model(model, executor, call_timeout_s)
             found.limits = limits or found.limits
         found.executor, found.call_timeout_s = executor, call_timeout_s
         found.is_ready = True
@@ -239,15 +204,13 @@ class DeviceQueue:
 
     def close_model(self, model: str, error: NosError, *, now_s: float) -> list[Action]:
         """A model is gone: what waits ends with `error`; what runs may finish."""
-        waiting = [item.request for item in self._waiting.values() if item.request.model == model]
-        actions: list[Action] = [self._end_waiting(request, error) for request in waiting]
+        actions = self._end_all(model, error)
         self._models.pop(model, None)
         return actions + self._advance(now_s)
 
     def refuse_waiting(self, model: str, error: NosError, *, now_s: float) -> list[Action]:
         """End what waits for a model, which stays open."""
-        waiting = [item.request for item in self._waiting.values() if item.request.model == model]
-        actions: list[Action] = [self._end_waiting(request, error) for request in waiting]
+        actions = self._end_all(model, error)
         return actions + self._drained(model) + self._advance(now_s)
 
     def drain(self, model: str, *, now_s: float) -> list[Action]:
@@ -272,27 +235,15 @@ class DeviceQueue:
 
     def arrive(self, request: Request, *, now_s: float) -> list[Action]:
         """A request wants to run: it is refused at once, or admitted."""
-        error = self._obstacle(request)
-        if error is not None:
-            return [Refuse(request.id, error)]
-        lane = self._lanes.get((request.model, request.tenant))
-        if lane is None:
-            lane = _Lane(request.model, request.tenant)
-            self._lanes[request.model, request.tenant] = lane
-        if not lane.waiting:
-            lane.virtual_time = max(lane.virtual_time, self._virtual_now)
-            lane.order = next(self._sequence)
-        lane.waiting[request.id] = request
-        self._waiting[request.id] = _Waiting(request, now_s)
-        model = self._models[request.model]
-        model.gatherer.arrived(request.sender, now_s)
-        model.num_waiting += 1
-        model.waiting_rows += request.rows
-        model.waiting_bytes += request.size_bytes
+        verdict = self._admit(request, now_s)
+        if isinstance(verdict, NosError):
+            return [Refuse(request.id, verdict)]
+        self._lanes.enter(request, now_s, next(self._sequence))
+        self._models[request.model].gatherer.arrived(request.sender, now_s)
         if request.deadline_s is not None:
             self._sweep_deadlines()
             heapq.heappush(self._deadlines, (request.deadline_s, request.id))
-        return self._advance(now_s)
+        return verdict + self._advance(now_s)
 
     def cancel(self, request_id: int, *, now_s: float) -> list[Action]:
         """The caller lost interest. Unknown and ended requests are left alone."""
@@ -306,8 +257,6 @@ class DeviceQueue:
             return []
         running, model = found.running, found.running.model
         batch, took_s = running.batch, now_s - running.started_s
-        each_s = took_s / len(batch.requests)
-        model.mean_s += (_SMOOTHING if model.mean_s else 1.0) * (each_s - model.mean_s)
         model.time.observe(batch.rows, took_s)
         for lane, part in running.payers:
             lane.virtual_time += part * (max(took_s, _LEAST_CHARGE_S) - running.charged_s)
@@ -315,10 +264,18 @@ class DeviceQueue:
         senders = [item.sender for item in batch.requests if item.id in live]
         model.gatherer.answered(senders, now_s, gather_window_s(model.time))
         ends: list[Action] = [End(item, None) for item in live]
+        if batch.is_suspect:
+            self._clear_suspects(batch.requests)
         return ends + self._after_run(running, executor) + self._advance(now_s)
 
+    def separated(self, batch_id: int, executor: str) -> None:
+        """A batch that failed as a whole runs item by item from now on."""
+        found = self._executors.get(executor)
+        if found is not None and found.running and found.running.batch.id == batch_id:
+            found.running.is_separate = True
+
     def progressed(self, batch_id: int, executor: str, *, now_s: float) -> None:
-        """A batch that failed as a whole runs item by item, and one is done: its time starts again."""
+        """One of the items of such a batch is done: its time starts again."""
         found = self._executors.get(executor)
         if found is None or found.running is None or found.running.batch.id != batch_id:
             return
@@ -335,27 +292,78 @@ class DeviceQueue:
         found.limits = replace(found.limits, max_rows=rows)
         return rows
 
-    def executor_lost(self, executor: str, reason: str, *, now_s: float) -> list[Action]:
-        """An executor died: what ran there fails, what waits for it waits on, but only once.
+    def advise(self, model: str, max_rows: int, times: Iterable[tuple[int, float]]) -> None:
+        """Take what a profile says of a model that is open: its best batch (0: none), seconds by rows."""
+        found = self._models.get(model)
+        if found is None:
+            return
+        if max_rows:
+            found.limits = replace(found.limits, max_rows=max_rows)
+        for rows, took_s in times:
+            found.time.observe(rows, took_s)
 
-        Its models start no batch until `open_model` says that they can.
+    def executor_lost(self, executor: str, reason: str, *, now_s: float) -> list[Action]:
+        """An executor died: what ran there alone fails, what waits for it waits on, but only once.
+
+        Of a batch nobody knows which request it was: its requests are started again in halves, which ends
+        with those that end an executor alone. Its models start no
+        batch until `open_model` says that they can.
         """
         found = self._executors.pop(executor, None)
         actions: list[Action] = []
+        is_incident = False
         if found is not None and found.running is not None:
             running = found.running
+            is_incident = running.batch.is_suspect
+            again = self._cleared(executor, found)
+            if again:
+                is_incident = True
+                actions.append(PutBack(running.batch))
+                for request in reversed(again):
+                    self._lanes.enter_first(request, now_s, next(self._sequence))
             lost = ExecutorLostError(
                 "the executor died while it ran this request",
                 running.batch.model,
                 got=reason,
                 hint="Send it again if it may run twice",
             )
-            actions += [End(item, lost) for item in self._clear(executor, found)]
+            for item in () if again else running.batch.requests:
+                if running.batch.is_suspect and len(running.batch.requests) == 1:
+                    actions.append(Culprit(item.id))
+                if item.id in running.live:
+                    actions.append(End(item.id, lost))
+            if running.batch.is_suspect and not again:
+                self._clear_suspects(running.batch.requests)
             actions += self._after_run(running, executor)
         for model in self._models.values():
             if model.executor == executor:
                 model.is_ready = False
-        for waiting in list(self._waiting.values()):
+        if not is_incident:
+            actions += self._requeue(executor, reason)
+        return actions + self._advance(now_s)
+
+    def tick(self, *, now_s: float) -> list[Action]:
+        """Time passed."""
+        return self._advance(now_s)
+
+    # Decisions.
+
+    def _cleared(self, executor: str, found: _Executor) -> list[Request]:
+        """Take the batch off a dead executor; return those of its requests that are to run again."""
+        running = found.running
+        if running is None:
+            return []
+        live = self._clear(executor, found)
+        requests = [item for item in running.batch.requests if item.id in live]
+        is_open = running.batch.model in self._models
+        if running.is_separate or not is_open:
+            return []
+        return self._suspects.died(running.batch, requests)
+
+    def _requeue(self, executor: str, reason: str) -> list[Action]:
+        """Let what waits for a dead executor wait on; end what did so before."""
+        actions: list[Action] = []
+        for waiting in self._lanes.all():
             request = waiting.request
             if self._models[request.model].executor != executor:
                 continue
@@ -365,15 +373,15 @@ class DeviceQueue:
                 )
                 actions += [self._end_waiting(request, error), *self._drained(request.model)]
             waiting.was_requeued = True
-        return actions + self._advance(now_s)
+        return actions
 
-    def tick(self, *, now_s: float) -> list[Action]:
-        """Time passed."""
-        return self._advance(now_s)
+    def _clear_suspects(self, requests: Iterable[Request]) -> None:
+        """See whether each request of a batch that ended an executor is harmless by itself."""
+        for incident in self._suspects.clear(requests, self.is_live):
+            self.shrink(incident.model, incident.rows // 2)
 
-    # Decisions.
-
-    def _obstacle(self, request: Request) -> NosError | None:
+    def _admit(self, request: Request, now_s: float) -> NosError | list[Action]:
+        """Return why a request is refused, or what ends because it is admitted."""
         model = self._models.get(request.model)
         if model is None or model.is_draining:
             state = "is being unloaded" if model else "is not loaded"
@@ -381,25 +389,39 @@ class DeviceQueue:
                 f"{request.model} {state} on this worker", "model", hint="Resolve it again"
             )
         if request.may_wait:
-            return None
-        total_bytes = model.waiting_bytes + request.size_bytes
-        if model.num_waiting >= self.max_queued:
-            expected, got = f"at most {self.max_queued} requests", f"{model.num_waiting} waiting"
-        elif model.num_waiting and total_bytes > self.max_queued_bytes:
-            expected, got = f"at most {self.max_queued_bytes} bytes", f"{total_bytes}"
-        else:
-            return None
-        wait_s = model.num_waiting * model.mean_s
-        retry_after_s = min(max(wait_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
-        return OverloadedError(
-            f"the queue of {request.model} is full",
-            request.model,
-            expected,
-            got,
-            f"Send it again in {retry_after_s:.2g} s",
-            "",
-            retry_after_s,
+            return []
+        own = self._lanes.lane(request.model, request.tenant)
+        lanes = self._lanes.of(request.model)
+        if request.deadline_s is not None and (lanes or model.num_running):
+            elsewhere = [
+                (other, its_lanes)
+                for name, other in self._models.items()
+                if other is not model and (its_lanes := self._lanes.of(name))
+            ]
+            wait_s = queued_s(request, model, lanes, elsewhere, self.max_concurrent_batches)
+            error = late(request, model, self._free_s(model, now_s) + wait_s, now_s)
+            if error is not None:
+                return error
+        wait_s = work_s(lanes, model)
+        leaving = make_room(
+            request,
+            own,
+            [lane for lane in lanes if lane is not own],
+            max_queued=self.max_queued,
+            max_queued_bytes=self.max_queued_bytes,
+            wait_s=wait_s,
         )
+        if isinstance(leaving, NosError):
+            return leaving
+        return [self._end_waiting(item, displaced(item, wait_s)) for item in leaving]
+
+    def _free_s(self, model: Model, now_s: float) -> float:
+        """Return when a model's executor and a grant are expected to be free."""
+        ends = [max(now_s, item.started_s + item.charged_s) for item in self._busy()]
+        free_s = min(ends) if len(ends) >= self.max_concurrent_batches else now_s
+        executor = self._executors.get(model.executor)
+        running = executor.running if executor else None
+        return max(free_s, running.started_s + running.charged_s) if running else free_s
 
     def _advance(self, now_s: float) -> list[Action]:
         """Do what has become due or possible."""
@@ -418,7 +440,7 @@ class DeviceQueue:
             actions.append(self._start(lane, now_s))
         return actions
 
-    def _next_lane(self, now_s: float) -> _Lane | None:
+    def _next_lane(self, now_s: float) -> Lane | None:
         """Return whose turn it is; None if nobody can run, or who can waits for more requests."""
         lanes = sorted(self._runnable(), key=lambda item: (item.virtual_time, item.order))
         is_contended = any(lane.model != lanes[0].model for lane in lanes[1:])
@@ -437,69 +459,61 @@ class DeviceQueue:
         return None
 
     def _gather_until_s(
-        self, lane: _Lane, model: _Model, now_s: float, *, is_contended: bool
+        self, lane: Lane, model: Model, now_s: float, *, is_contended: bool
     ) -> float:
         """Return when the batch of a lane that could run is to start at the latest."""
         head = next(iter(lane.waiting.values()))
         limits = model.limits
-        if head.key is None or model.is_draining or model.waiting_rows >= limits.max_rows:
+        rows = self._lanes.rows_of(lane.model)
+        if head.key is None or model.is_draining or rows >= limits.max_rows:
             return now_s
         if limits.queue_delay_s is not None:
-            until_s = self._oldest_s(lane.model) + limits.queue_delay_s
+            until_s = self._lanes.oldest_s(lane.model) + limits.queue_delay_s
         else:
             until_s = 0.0 if is_contended else model.gatherer.until_s()
         if until_s > now_s and self._deadlines:
             deadlines = [
                 item.deadline_s
-                for other in self._lanes_of(lane.model)
+                for other in self._lanes.of(lane.model)
                 for item in other.waiting.values()
                 if item.deadline_s is not None
             ]
-            slack_s = min(deadlines, default=until_s) - model.time.predict_s(model.waiting_rows)
+            slack_s = min(deadlines, default=until_s) - model.time.predict_s(rows)
             until_s = min(until_s, slack_s)
         return until_s
 
-    def _oldest_s(self, model: str) -> float:
-        """Return when the oldest waiting request of a model that has one came."""
-        heads = (next(iter(lane.waiting)) for lane in self._lanes_of(model))
-        return min(self._waiting[head].arrived_s for head in heads)
+    def _runnable(self) -> Iterator[Lane]:
+        for lane in self._lanes.active():
+            model = self._models[lane.model]
+            executor = self._executors.get(model.executor)
+            is_free = executor and not executor.running and not executor.is_held
+            if model.is_ready and is_free and self._may_start(lane.model):
+                yield lane
 
-    def _lanes_of(self, model: str) -> list[_Lane]:
-        """Return the lanes of a model that have waiting requests."""
-        return [lane for lane in self._lanes.values() if lane.waiting and lane.model == model]
-
-    def _runnable(self) -> Iterator[_Lane]:
-        for lane in self._lanes.values():
-            if lane.waiting:
-                model = self._models[lane.model]
-                executor = self._executors.get(model.executor)
-                is_free = executor and not executor.running and not executor.is_held
-                if model.is_ready and is_free and self._may_start(lane.model):
-                    yield lane
-
-    def _start(self, lane: _Lane, now_s: float) -> Start:
+    def _start(self, lane: Lane, now_s: float) -> Start:
         model = self._models[lane.model]
-        head = next(iter(lane.waiting.values()))
+        waiting = lane.waiting.values()
+        head = next(iter(waiting))
+        if is_doomed(head, model.time, now_s):
+            head = next((item for item in waiting if not is_doomed(item, model.time, now_s)), head)
         companions = [
             (item.virtual_time, item.order, item.waiting.values())
-            for item in self._lanes_of(lane.model)
+            for item in self._lanes.of(lane.model)
         ]
-        requests = form(head, companions, model.limits, model.time, now_s)
-        self._virtual_now = max(self._virtual_now, lane.virtual_time)
+        requests = form(head, companions, self._limits(model), model.time, now_s)
+        self._lanes.virtual_now = max(self._lanes.virtual_now, lane.virtual_time)
         gather_s = 0.0 if model.gathering_s is None else now_s - model.gathering_s
         model.gathering_s = None
         rows = sum(item.rows for item in requests)
         charged_s = max(model.time.predict_s(rows), _LEAST_CHARGE_S)
-        payers: list[tuple[_Lane, float]] = []
+        payers: list[tuple[Lane, float]] = []
         for item in requests:
-            payer = self._lanes[item.model, item.tenant]
+            payer = self._leave(item)
             part = item.rows / rows / item.weight
             payer.virtual_time += part * charged_s
             payers.append((payer, part))
-            self._forget_waiting(item)
             self._running[item.id] = model.executor
-        if len(self._lanes) > _SLACK:
-            self._sweep_lanes()
+        self._lanes.sweep()
         model.num_running += len(requests)
         batch = Batch(
             id=next(self._sequence),
@@ -508,6 +522,7 @@ class DeviceQueue:
             requests=tuple(requests),
             rows=rows,
             gather_s=gather_s,
+            is_suspect=head.id in self._suspects,
         )
         self._executors[model.executor].running = _Running(
             batch=batch,
@@ -519,6 +534,16 @@ class DeviceQueue:
             payers=payers,
         )
         return Start(batch)
+
+    def _limits(self, model: Model) -> BatchLimits:
+        """Return the limits of a model's next batch, which keeps to the quantum while others have work."""
+        limits, time = model.limits, model.time
+        if not time.row_s or time.predict_s(limits.max_rows) <= self.quantum_s:
+            return limits
+        if all(lane.model == model.name for lane in self._lanes.active()):
+            return limits
+        rows = int((self.quantum_s - time.t0_s) / time.row_s)
+        return replace(limits, max_rows=max(1, min(rows, limits.max_rows)))
 
     def _time_out(self, running: _Running) -> list[Action]:
         batch = running.batch
@@ -543,8 +568,8 @@ class DeviceQueue:
 
     def _end_early(self, request_id: int, error: NosError) -> list[Action]:
         """End a request that waits or runs; its executor may still be busy with it."""
-        if request_id in self._waiting:
-            request = self._waiting[request_id].request
+        if request_id in self._lanes:
+            request = self._lanes[request_id].request
             return [self._end_waiting(request, error), *self._drained(request.model)]
         executor = self._running.pop(request_id, None)
         if executor is None:
@@ -555,23 +580,27 @@ class DeviceQueue:
         return [End(request_id, error), CancelCall(request_id, executor)]
 
     def _end_waiting(self, request: Request, error: NosError) -> End:
-        self._forget_waiting(request)
+        self._leave(request)
+        if request.id in self._suspects:
+            self._clear_suspects((request,))
         return End(request.id, error)
+
+    def _end_all(self, model: str, error: NosError) -> list[Action]:
+        """End what waits for a model."""
+        waiting = [item.request for item in self._lanes.all() if item.request.model == model]
+        return [self._end_waiting(request, error) for request in waiting]
 
     # Bookkeeping.
 
     def _busy(self) -> list[_Running]:
         return [item.running for item in self._executors.values() if item.running]
 
-    def _forget_waiting(self, request: Request) -> None:
-        del self._waiting[request.id]
-        del self._lanes[request.model, request.tenant].waiting[request.id]
-        model = self._models[request.model]
-        model.num_waiting -= 1
-        model.waiting_rows -= request.rows
-        if not model.num_waiting:
-            model.gathering_s = None
-        model.waiting_bytes -= request.size_bytes
+    def _leave(self, request: Request) -> Lane:
+        """A request waits no more; return its lane."""
+        lane = self._lanes.leave(request)
+        if not self._lanes.of(request.model):
+            self._models[request.model].gathering_s = None
+        return lane
 
     def _clear(self, executor: str, found: _Executor) -> list[int]:
         """Take the batch off an executor; return its requests that have had no end."""
@@ -595,16 +624,8 @@ class DeviceQueue:
         is_over = found is not None and found.is_draining and not self.num_pending(model)
         return [Drained(model)] if is_over else []
 
-    def _sweep_lanes(self) -> None:
-        """Forget idle lanes that would start at the present anyway."""
-        self._lanes = {
-            key: lane
-            for key, lane in self._lanes.items()
-            if lane.waiting or lane.virtual_time > self._virtual_now
-        }
-
     def _sweep_deadlines(self) -> None:
         """Forget deadlines of requests that have ended, once they are the most."""
-        if len(self._deadlines) > 2 * (len(self._waiting) + len(self._running)) + _SLACK:
+        if len(self._deadlines) > 2 * (len(self._lanes) + len(self._running)) + _SLACK:
             self._deadlines = [item for item in self._deadlines if self.is_live(item[1])]
             heapq.heapify(self._deadlines)

@@ -16,16 +16,20 @@ from nos_backend.scheduling import device_queue
 from nos_backend.scheduling.device_queue import (
     Batch,
     CancelCall,
+    Culprit,
     DeviceQueue,
     Drained,
     End,
     Held,
     KillExecutor,
+    PutBack,
     Refuse,
     Start,
 )
 from nos_backend.worker import batches
+from nos_backend.worker.culprits import Culprits, digest
 from nos_backend.worker.executors import Executor, Reply
+from nos_backend.worker.inputs import Input
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from nos.wire.v1 import models_pb2
 
     from nos_backend.worker.executors import Block, Blocks
-    from nos_backend.worker.inputs import Input
     from nos_backend.worker.memory import DeviceMemory
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +95,8 @@ class _Run:
     blocks: list[Block | None]
     #: The input of all.
     joined: Blocks | None = None
+    #: Names what runs, where that may be what ended an executor.
+    digest: str = ""
     #: Whether one failed that ran alone.
     has_culprit: bool = False
     #: Whether all together found no room.
@@ -138,6 +143,11 @@ class Dispatcher:
         self._num_answered: dict[str, int] = {}
         #: How calls are joined, by (model, method).
         self._plans: dict[tuple[str, str], batches.Plan] = {}
+        #: What runs on each slot.
+        self._runs: dict[str, _Run] = {}
+        self._culprits = Culprits()
+        #: Set while an executor is lost of which nobody knows yet what ended it.
+        self._is_searching = False
         self._held: dict[str, asyncio.Future[None]] = {}
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -180,11 +190,18 @@ class Dispatcher:
         """Forget the slot's executor, which has no model left."""
         self._executors.pop(slot, None)
 
-    def lost(self, slot: str, reason: str) -> None:
-        """The slot's executor died; its models wait until they are opened again."""
+    def lost(self, slot: str, reason: str) -> bool:
+        """The slot's executor died; its models wait until they are opened again.
+
+        Returns:
+            Whether the call that ended it is being looked for among those of a batch.
+        """
         self._executors.pop(slot, None)
+        self._is_searching = False
         self._apply(self._queue.executor_lost(slot, reason, now_s=self._loop.time()))
+        self._runs.pop(slot, None)
         self._resolve(self._held.pop(slot, None))
+        return self._is_searching
 
     def open(
         self,
@@ -206,6 +223,10 @@ class Dispatcher:
             self._queue.shrink(model, self._caps[model])
         self._apply(actions)
 
+    def advise(self, model: str, max_rows: int, times: list[tuple[int, float]]) -> None:
+        """Take what a profile says of an open model: its best batch (0: none), and seconds by rows."""
+        self._queue.advise(model, min(max_rows, self._caps.get(model, max_rows)), times)
+
     def max_rows(self, model: str) -> int | None:
         """Return the most rows that a batch of a model may have since one did not fit; None if all did."""
         return self._caps.get(model)
@@ -214,6 +235,7 @@ class Dispatcher:
         """End what waits for a model."""
         self._apply(self._queue.close_model(model, error, now_s=self._loop.time()))
         self._num_answered.pop(model, None)
+        self._culprits.forget(model)
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] != model}
         self._resolve(self._drained.pop(model, None))
 
@@ -249,6 +271,8 @@ class Dispatcher:
     def submit(self, request: Request) -> None:
         """Queue a request; its sink hears of a refusal at once."""
         now_s = request.arrived_s = self._loop.time()
+        if self._culprits.has(request.model) and not self._may_run(request):
+            return
         self._requests[request.id] = request
         plan = self._plans.get((request.model, request.method))
         part = request.part = plan.part(request.arguments) if plan else None
@@ -277,6 +301,18 @@ class Dispatcher:
             self._timer.cancel()
         for rescue in self._rescues:
             rescue.cancel()
+
+    def _may_run(self, request: Request) -> bool:
+        """Whether a request is not known to end its executor; else it has ended."""
+        try:
+            self._culprits.check(request.model, request.method, _digest(request))
+        except NosError as error:
+            if request.input is not None:
+                request.input.release()
+                request.input = None
+            request.sink(failure(error))
+            return False
+        return True
 
     # Carrying out.
 
@@ -308,14 +344,14 @@ class Dispatcher:
                 if unwanted is not None:
                     unwanted.release()
                 self._end(request_id, failure(error))
-            case CancelCall(request_id, slot):
-                executor = self._executors.get(slot)
-                if executor is not None:
-                    executor.cancel(request_id)
-            case KillExecutor(slot, reason):
-                executor = self._executors.get(slot)
-                if executor is not None:
-                    executor.kill(reason)
+            case PutBack(batch):
+                self._put_back(batch)
+            case Culprit(request_id):
+                self._blame(request_id)
+            case CancelCall(request_id, slot) if slot in self._executors:
+                self._executors[slot].cancel(request_id)
+            case KillExecutor(slot, reason) if slot in self._executors:
+                self._executors[slot].kill(reason)
             case Held(slot):
                 self._resolve(self._held.get(slot))
             case Drained(model):
@@ -323,11 +359,14 @@ class Dispatcher:
 
     def _start(self, batch: Batch) -> None:
         run = _Run(batch, self._executors[batch.executor], [], [])
+        self._runs[batch.executor] = run
         now_s = self._loop.time()
         self._memory.started(batch.model)
         for request in [self._requests[item.id] for item in batch.requests]:
             request.granted_s = now_s
             request.batch_wait_s = min(batch.gather_s, now_s - request.arrived_s)
+            if batch.is_suspect and len(batch.requests) == 1:
+                run.digest = _digest(request)
             taken, request.input = request.input, None
             try:
                 block = taken.hand_over(run.executor) if taken else None
@@ -338,10 +377,41 @@ class Dispatcher:
             else:
                 run.open.append(request)
                 run.blocks.append(block)
+        if len(run.open) < len(batch.requests):
+            self._queue.separated(batch.id, batch.executor)
         if len(run.open) > 1:
             self._call_as_one(run)
         else:
             self._call_each(run)
+
+    def _put_back(self, batch: Batch) -> None:
+        """Keep the input of a batch's requests, which will be started again on another executor."""
+        self._is_searching = True
+        run = self._runs[batch.executor]
+        for request, block in zip(run.open, run.blocks, strict=True):
+            if block is not None and self._queue.is_live(request.id):
+                request.input = Input.copy_of(block.view)
+        _logger.warning(
+            "a batch of %d requests of %s ended its executor: looking for the one that does",
+            len(batch.requests),
+            batch.model,
+        )
+
+    def _blame(self, request_id: int) -> None:
+        """Refuse a request from now on that ended an executor alone, as its batch had."""
+        request, found = next(
+            (request, run.digest)
+            for run in self._runs.values()
+            for request in run.open
+            if request.id == request_id
+        )
+        self._culprits.add(request.model, found)
+        _logger.warning(
+            "a call of %s (%s) ended its executor alone, and is refused from now on: %s",
+            request.model,
+            request.method,
+            found,
+        )
 
     def _call_as_one(self, run: _Run) -> None:
         head = run.open[0]
@@ -374,8 +444,8 @@ class Dispatcher:
             self._rescue(run, reply, again, partial(self._on_joined_reply, run, joined, arguments))
             return
         if isinstance(reply.error, ExecutorLostError):
-            joined.release()
             self._lose(run, reply, reply.error)
+            joined.release()
             return
         parts = [request.part for request in run.open if request.part is not None]
         try:
@@ -393,6 +463,7 @@ class Dispatcher:
 
     def _retry(self, run: _Run, joined: Blocks) -> None:
         """Run each request of a failed batch alone, so that one that fails fails for itself."""
+        self._queue.separated(run.batch.id, run.batch.executor)
         if joined.is_kept:
             # A model refers to the blocks, which the calls would give back at their end.
             copies: list[Block | None] = []
@@ -535,6 +606,7 @@ class Dispatcher:
 
     def _finish(self, batch: Batch) -> None:
         self._memory.finished(batch.model)
+        self._runs.pop(batch.executor, None)
         self._apply(self._queue.finish(batch.id, batch.executor, now_s=self._loop.time()))
 
     def _end(self, request_id: int, reply: Reply) -> None:
@@ -564,3 +636,8 @@ class Dispatcher:
     def _resolve(future: asyncio.Future[None] | None) -> None:
         if future is not None and not future.done():
             future.set_result(None)
+
+
+def _digest(request: Request) -> str:
+    view = request.input.view if request.input is not None else memoryview(b"")
+    return digest(request.method, request.arguments, view)

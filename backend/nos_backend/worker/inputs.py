@@ -31,6 +31,11 @@ class Input:
         block = executor.allocate(size)
         return cls(block.view, block, executor)
 
+    @classmethod
+    def copy_of(cls, view: memoryview) -> Self:
+        """Return the same bytes again, of no executor."""
+        return cls(memoryview(bytearray(view)), None, None)
+
     def hand_over(self, executor: Executor) -> Block:
         """Return the bytes as a block of `executor`, which releases it; this object is then empty.
 

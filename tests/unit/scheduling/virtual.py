@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nos.errors import OverloadedError
 from nos_backend.scheduling.batching import BatchLimits
 from nos_backend.scheduling.device_queue import (
     Action,
@@ -39,6 +40,7 @@ class Done:
     ended_s: float
     started_s: float | None
     is_error: bool
+    is_refused: bool = False
 
     @property
     def latency_s(self) -> float:
@@ -52,6 +54,7 @@ class Device:
     models: dict[str, BatchLimits]
     grants: int = 1
     cost_s: Callable[[str, int], float] = lambda _model, rows: tau_s(rows)
+    max_queued: int = 100_000
     now_s: float = 0.0
     done: list[Done] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
@@ -60,7 +63,7 @@ class Device:
     refused: int = 0
 
     def __post_init__(self) -> None:
-        self.queue = DeviceQueue(max_concurrent_batches=self.grants, max_queued=100_000)
+        self.queue = DeviceQueue(max_concurrent_batches=self.grants, max_queued=self.max_queued)
         for model, limits in self.models.items():
             self.queue.open_model(model, model, now_s=0, limits=limits)
         self._ids = itertools.count(1)
@@ -83,6 +86,7 @@ class Device:
         rows: int = 1,
         ttl_s: float | None = None,
         key: str | None = "k",
+        may_wait: bool = True,
         then: Callable[[Done], None] | None = None,
     ) -> int:
         """A request arrives now."""
@@ -94,7 +98,7 @@ class Device:
             rows=rows,
             key=key,
             deadline_s=None if ttl_s is None else self.now_s + ttl_s,
-            may_wait=True,
+            may_wait=may_wait,
         )
         self._open[request.id] = request, self.now_s, then
         self._apply(self.queue.arrive(request, now_s=self.now_s))
@@ -124,10 +128,13 @@ class Device:
                 case Start(batch):
                     self._start(batch)
                 case End(request_id, error):
-                    self._end(request_id, is_error=error is not None)
+                    self._end(
+                        request_id,
+                        is_error=error is not None,
+                        is_refused=isinstance(error, OverloadedError),
+                    )
                 case Refuse(request_id, _):
-                    self.refused += 1
-                    self._end(request_id, is_error=True)
+                    self._end(request_id, is_error=True, is_refused=True)
 
     def _start(self, batch: Batch) -> None:
         self.batches.append(batch)
@@ -141,11 +148,12 @@ class Device:
 
         self.at(self.now_s + took_s, finish)
 
-    def _end(self, request_id: int, *, is_error: bool) -> None:
+    def _end(self, request_id: int, *, is_error: bool, is_refused: bool) -> None:
+        self.refused += is_refused
         self.ends[request_id] += 1
         request, arrived_s, then = self._open.pop(request_id)
         started_s = self._started.pop(request_id, None)
-        done = Done(request, arrived_s, self.now_s, started_s, is_error)
+        done = Done(request, arrived_s, self.now_s, started_s, is_error, is_refused)
         self.done.append(done)
         if then is not None:
             then(done)

@@ -1,0 +1,172 @@
+"""Requests that wait for a device: in lanes, one per (model, tenant), each with its place in virtual time."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nos_backend.scheduling.batching import BatchLimits, BatchTime, Gatherer
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator
+
+    from nos_backend.scheduling.actions import Request
+
+#: Idle lanes kept before they are swept.
+_SLACK = 64
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """What the queue knows of a model besides its requests that wait."""
+
+    name: str
+    executor: str
+    call_timeout_s: float
+    #: Whether batches may start; false while its executor is lost or starting.
+    is_ready: bool = True
+    is_draining: bool = False
+    num_running: int = 0
+    limits: BatchLimits = field(default_factory=BatchLimits)
+    time: BatchTime = field(default_factory=BatchTime)
+    gatherer: Gatherer = field(default_factory=Gatherer)
+    #: Since when it could run and waits for more requests; None while it does not.
+    gathering_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request that waits."""
+
+    request: Request
+    arrived_s: float
+    #: Whether its executor died before while it waited.
+    was_requeued: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One tenant's requests to one model, the oldest first."""
+
+    model: str
+    tenant: str
+    #: Where the lane stands in virtual time; never decreases.
+    virtual_time: float = 0.0
+    #: Tells lanes of equal virtual time apart: which became active first.
+    order: int = 0
+    waiting: OrderedDict[int, Request] = field(default_factory=OrderedDict)
+    #: Of `waiting`.
+    rows: int = 0
+    #: How many of them have each key.
+    keys: Counter[Hashable] = field(default_factory=Counter)
+    #: Of those of `waiting` that the queue's bounds count: whose senders do not wait for them.
+    num_bounded: int = 0
+    bounded_bytes: int = 0
+
+
+class Lanes:
+    """All lanes of a device."""
+
+    def __init__(self) -> None:
+        #: By model, then tenant. Idle lanes stay while their virtual time is still ahead.
+        self._lanes: dict[str, dict[str, Lane]] = {}
+        self._num_lanes = 0
+        #: Waiting requests in order of arrival, each also in its lane.
+        self._waiting: dict[int, Waiting] = {}
+        #: Where the device stands: the greatest virtual time at which a batch was started.
+        self.virtual_now = 0.0
+
+    def __len__(self) -> int:
+        """Return how many requests wait."""
+        return len(self._waiting)
+
+    def __contains__(self, request_id: int) -> bool:
+        """Return whether a request waits."""
+        return request_id in self._waiting
+
+    def __getitem__(self, request_id: int) -> Waiting:
+        """Return a request that waits."""
+        return self._waiting[request_id]
+
+    def all(self) -> list[Waiting]:
+        """Return what waits, in order of arrival."""
+        return list(self._waiting.values())
+
+    def active(self) -> Iterator[Lane]:
+        """Return the lanes with requests."""
+        for lanes in self._lanes.values():
+            for lane in lanes.values():
+                if lane.waiting:
+                    yield lane
+
+    def of(self, model: str) -> list[Lane]:
+        """Return the lanes of a model that have requests."""
+        return [lane for lane in self._lanes.get(model, {}).values() if lane.waiting]
+
+    def lane(self, model: str, tenant: str) -> Lane:
+        """Return a lane, made if it is not there."""
+        lanes = self._lanes.setdefault(model, {})
+        found = lanes.get(tenant)
+        if found is None:
+            found = lanes[tenant] = Lane(model, tenant)
+            self._num_lanes += 1
+        return found
+
+    def num_of(self, model: str) -> int:
+        """Return how many requests of a model wait."""
+        return sum(len(lane.waiting) for lane in self.of(model))
+
+    def rows_of(self, model: str) -> int:
+        """Return how many rows of a model wait."""
+        return sum(lane.rows for lane in self.of(model))
+
+    def oldest_s(self, model: str) -> float:
+        """Return when the oldest waiting request of a model that has one came."""
+        heads = (next(iter(lane.waiting)) for lane in self.of(model))
+        return min(self._waiting[head].arrived_s for head in heads)
+
+    def enter(self, request: Request, now_s: float, order: int) -> None:
+        """A request waits from now on, behind those of its lane."""
+        lane = self.lane(request.model, request.tenant)
+        if not lane.waiting:
+            lane.virtual_time = max(lane.virtual_time, self.virtual_now)
+            lane.order = order
+        lane.waiting[request.id] = request
+        lane.rows += request.rows
+        lane.keys[request.key] += 1
+        if not request.may_wait:
+            lane.num_bounded += 1
+            lane.bounded_bytes += request.size_bytes
+        self._waiting[request.id] = Waiting(request, now_s)
+
+    def enter_first(self, request: Request, now_s: float, order: int) -> None:
+        """A request waits again, before all others of its lane."""
+        self.enter(request, now_s, order)
+        self.lane(request.model, request.tenant).waiting.move_to_end(request.id, last=False)
+
+    def leave(self, request: Request) -> Lane:
+        """A request waits no more; return the lane that it was in."""
+        del self._waiting[request.id]
+        lane = self._lanes[request.model][request.tenant]
+        del lane.waiting[request.id]
+        lane.rows -= request.rows
+        lane.keys[request.key] -= 1
+        if not lane.keys[request.key]:
+            del lane.keys[request.key]
+        if not request.may_wait:
+            lane.num_bounded -= 1
+            lane.bounded_bytes -= request.size_bytes
+        return lane
+
+    def sweep(self) -> None:
+        """Forget idle lanes that would start at the present anyway, once there are many."""
+        if self._num_lanes <= _SLACK:
+            return
+        kept: dict[str, dict[str, Lane]] = {}
+        for model, lanes in self._lanes.items():
+            for tenant, lane in lanes.items():
+                if lane.waiting or lane.virtual_time > self.virtual_now:
+                    kept.setdefault(model, {})[tenant] = lane
+        self._lanes = kept
+        self._num_lanes = sum(map(len, kept.values()))
