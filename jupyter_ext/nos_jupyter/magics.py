@@ -226,6 +226,7 @@ class NosMagics(Magics):
                 name=options.model,
                 class_name=class_name,
                 source_name=source_name,
+                namespace=self._shell.user_ns,
                 **fields,
             )
         )

@@ -98,13 +98,14 @@ def delete(model: str) -> Rpc[None]:
 def register(
     source: str,
     class_name: str,
-    init: Mapping[str, Any] | None,
     *,
+    init: Mapping[str, Any] | None,
     name: str,
     device: str,
     isolation: str,
     source_name: str,
     env: Sequence[str] = (),
+    files: Sequence[models_pb2.ModelFile] = (),
     pin: bool | None = None,
     idle_unload_s: float | None = None,
 ) -> Rpc[types.ModelInfo]:
@@ -119,6 +120,7 @@ def register(
         isolation: Likewise.
         source_name: Where the source came from.
         env: Packages that it needs besides the server's; none leaves it to the source.
+        files: What it needs beside its source; uploaded before.
         pin: Whether it stays on its device; None leaves it to the source.
         idle_unload_s: Likewise, after how long without use it leaves.
     """
@@ -133,6 +135,7 @@ def register(
         isolation=isolation,
         source_name=source_name,
         environment=env,
+        files=files,
         is_pinned=pin,
         idle_unload_s=idle_unload_s,
     )

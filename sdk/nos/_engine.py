@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 from nos import _control, _fork
 from nos._channel import Metadata, Transport, open_transport
 from nos._link import Call, Flow, Link, Route
-from nos.errors import NosError, StreamClosedError, UnavailableError
+from nos.errors import InternalError, NosError, StreamClosedError, UnavailableError
 from nos.wire.host import host_id
 from nos.wire.limits import MODEL_KEY, TICKET_KEY, TOKEN_KEY
 
@@ -110,6 +110,16 @@ class Engine:
         request = rpc.request.SerializeToString()
         call = self._gateway().stream(rpc.path, iter((request,)), self._token())
         return Feed(call, rpc.parse)
+
+    def send(self, path: str, requests: Iterator[bytes]) -> bytes:
+        """Stream requests of the control plane to the server and return its answer.
+
+        Raises:
+            NosError: If it refuses them, or the connection breaks.
+        """
+        for answer in self._gateway().stream(path, requests, self._token()):
+            return answer
+        raise InternalError("the server ended the stream without an answer")
 
     def submit(self, key: str, call: Call) -> None:
         """Send a call's frame over the shared stream of a model version."""

@@ -12,13 +12,11 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nos import _address, _control, _tokens
+from nos import _address, _control, _registering, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
-from nos._environment import packages
 from nos._link import GRACE_S, out_of_time
 from nos._stream import Policy, StreamCore, flow_of
-from nos.authoring import source_of
 from nos.client import DEFAULT_TIMEOUT_S, MAX_IN_FLIGHT
 from nos.errors import NosError, StreamClosedError
 from nos.handles import HandleCore, MethodCore
@@ -143,25 +141,28 @@ class AsyncClient:
         isolation: str = "",
         env: Sequence[str] | str | Path = (),
         source_name: str = "",
+        namespace: Mapping[str, Any] | None = None,
         pin: bool | None = None,
         idle_unload_s: float | None = None,
         timeout_s: float | None = None,
     ) -> ModelInfo:
         """See `Client.register`."""
-        found = source_of(source, class_name, source_name)
-        rpc = _control.register(
-            found.text,
-            found.class_name,
-            init,
-            name=name or found.name,
+        return await asyncio.to_thread(
+            _registering.register,
+            self._engine,
+            source,
+            name=name,
+            class_name=class_name,
+            init=init,
             device=device,
             isolation=isolation,
-            env=packages(env),
-            source_name=found.source_name,
+            env=env,
+            source_name=source_name,
+            namespace=namespace,
             pin=pin,
             idle_unload_s=idle_unload_s,
+            timeout_s=timeout_s,
         )
-        return await _answer(self._engine, rpc, timeout_s)
 
     async def unregister(self, name: str, *, timeout_s: float | None = None) -> None:
         """See `Client.unregister`."""

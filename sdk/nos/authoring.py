@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from nos.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
 
 T = TypeVar("T")
 
 _MARK: Final = "__nos_model__"
+_ENTRY: Final = "model.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,59 +107,92 @@ class Source:
     class_name: str
     source_name: str
     #: What its decorator calls it; empty if it does not.
-    name: str
+    name: str = ""
+    #: What came along, in words.
+    collected: tuple[str, ...] = ()
+    #: By path in the model's folder: a file here, or its content.
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
 
 
 def source_of(
-    source: str | type | Callable[..., Any], class_name: str = "", source_name: str = ""
+    source: Any,
+    class_name: str = "",
+    source_name: str = "",
+    namespace: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Return source text and name of a class, function or text.
+    """Return the source of a class, function, text, file or folder, with what it needs beside it.
 
-    Of a class's module, the imports that the class uses go with it, and nothing else: running a whole
-    script or notebook on the server is nobody's intention. So what else it needs it must define inside,
-    or the text of a whole file be given.
+    Args:
+        source: As in `Client.register`.
+        class_name: Which top-level name of a text or file is the model; empty leaves it to the server.
+        source_name: Names a text in tracebacks.
+        namespace: Where the names are found that a text needs; None: it stands alone.
 
     Raises:
-        InvalidRequestError: If a class is given whose source cannot be found.
+        InvalidRequestError: If there is no source to be found, or it needs what cannot travel.
     """
+    from nos import _collect  # takes a while, and most clients never register
+
+    if isinstance(source, os.PathLike):
+        return _of_path(Path(source), class_name)
     if isinstance(source, str):
-        return Source(source, class_name, source_name or "<registered>", "")
+        source_name = source_name or "<registered>"
+        if namespace is None:
+            return Source(source, class_name, source_name)
+        found = _collect.collect_text(source, source_name, namespace)
+        return Source(found.text, class_name, found.source_name, "", found.names, dict(found.files))
     if not (inspect.isclass(source) or inspect.isfunction(source)):
         raise InvalidRequestError(
-            "no model's source", "source", "a class, a function or text", type(source).__name__
+            "no model's source",
+            "source",
+            "a class, a function, text or a path",
+            type(source).__name__,
         )
     own = getattr(source, _MARK, None)
     name = own.name if isinstance(own, Options) else ""
-    try:
-        text = textwrap.dedent(inspect.getsource(source))
-        file = inspect.getsourcefile(source) or ""
-    except (OSError, TypeError) as error:
-        raise InvalidRequestError(
-            f"the source of {source.__name__} cannot be found",
-            "source",
-            hint="Use %%nos model in a notebook, or give the source as text",
-        ) from error
-    imports = _imports_for(source, text)
+    found = _collect.collect(source)
     return Source(
-        imports + text, source.__name__, source_name or file or f"<{source.__name__}>", name
+        found.text, source.__name__, found.source_name, name, found.names, dict(found.files)
     )
 
 
-def _imports_for(source: Any, text: str) -> str:
-    """Return the top-level imports of the module of `source` whose names occur in its `text`."""
+def _of_path(path: Path, class_name: str) -> Source:
+    """Return a file's source, or a folder's with everything in it.
+
+    Raises:
+        InvalidRequestError: If it cannot be read, or the folder does not say which file is the model.
+    """
+    files: dict[str, Path | bytes] = {}
+    entry = path
+    if path.is_dir():
+        entry = _entry_of(path)
+        files.update(
+            (found.relative_to(path).as_posix(), found)
+            for found in sorted(path.rglob("*"))
+            if found.is_file() and not _is_hidden(found.relative_to(path))
+        )
     try:
-        module = ast.parse(inspect.getsource(inspect.getmodule(source) or source))
-    except (OSError, TypeError, SyntaxError):  # a notebook's cells are no module's file
-        return ""
-    used = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    lines = []
-    for node in module.body:
-        if not isinstance(node, ast.Import | ast.ImportFrom):
-            continue
-        kept = [name for name in node.names if (name.asname or name.name.partition(".")[0]) in used]
-        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            kept = node.names
-        if kept:
-            node.names = kept
-            lines.append(f"{ast.unparse(node)}\n")
-    return "".join(lines)
+        text = entry.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            f"the source cannot be read: {error}", "source", "a Python file or a folder", str(path)
+        ) from error
+    name = entry.name if files else str(entry)
+    return Source(text, class_name, name, "", tuple(f"file {found}" for found in files), files)
+
+
+def _entry_of(folder: Path) -> Path:
+    found = [path for path in folder.glob("*.py") if not path.name.startswith("_")]
+    named = [path for path in found if path.name == _ENTRY]
+    if len(named or found) == 1:
+        return (named or found)[0]
+    raise InvalidRequestError(
+        "the folder does not say which file is the model",
+        "source",
+        f"{_ENTRY}, or one Python file at its top",
+        ", ".join(sorted(path.name for path in found))[:200] or "no Python file",
+    )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)

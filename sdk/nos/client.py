@@ -10,12 +10,10 @@ from collections import deque
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, Final
 
-from nos import _address, _control, _tokens
+from nos import _address, _control, _registering, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
-from nos._environment import packages
 from nos._stream import Policy, StreamCore, flow_of
-from nos.authoring import source_of
 from nos.errors import StreamClosedError
 from nos.handles import HandleCore, MethodCore
 
@@ -150,14 +148,19 @@ class Client:
         isolation: str = "",
         env: Sequence[str] | str | Path = (),
         source_name: str = "",
+        namespace: Mapping[str, Any] | None = None,
         pin: bool | None = None,
         idle_unload_s: float | None = None,
         timeout_s: float | None = None,
     ) -> ModelInfo:
         """Make a model of a class, by its source; it runs beside the server's other models, never here.
 
+        What the class needs of its notebook or module goes with it: imports, constants, functions and
+        classes, as source, and modules of the notebook's folder, as files.
+
         Args:
-            source: Python text, or a class or function whose source can be found.
+            source: A class or function, Python text, or the path of a file or folder: of a folder, its
+                `model.py` or its only Python file is the source, and everything in it goes along.
             name: The model's name; by default what its `@nos.model` says.
             class_name: Which top-level name of the text is the model; known where a class is given.
             init: What `__init__` is called with.
@@ -166,27 +169,35 @@ class Client:
             env: Packages that it needs besides the server's, as in `["einops"]`, or the path of a
                 requirements file; by default what its `@nos.model` says.
             source_name: Where the source came from, for tracebacks.
+            namespace: Where the names are found that a text needs and does not define, for instance
+                `globals()` of a notebook.
             pin: Whether it stays on its device whatever else wants the room; None: as its source says.
             idle_unload_s: After how long without use it leaves the device; None: as its source says.
             timeout_s: Replaces the client's limit.
 
         Returns:
-            The new version; the old one where nothing changed.
+            The new version; the old one where nothing changed. Its `collected` says what came along.
+
+        Raises:
+            InvalidRequestError: If it needs something that cannot travel as source, for instance an open
+                connection; names that. Also if there is no source to be found, or no model in it.
+            AlreadyExistsError: If another owner has the name.
         """
-        found = source_of(source, class_name, source_name)
-        rpc = _control.register(
-            found.text,
-            found.class_name,
-            init,
-            name=name or found.name,
+        return _registering.register(
+            self._engine,
+            source,
+            name=name,
+            class_name=class_name,
+            init=init,
             device=device,
             isolation=isolation,
-            env=packages(env),
-            source_name=found.source_name,
+            env=env,
+            source_name=source_name,
+            namespace=namespace,
             pin=pin,
             idle_unload_s=idle_unload_s,
+            timeout_s=timeout_s,
         )
-        return self._engine.wait(rpc, timeout_s)
 
     def unregister(self, name: str, *, timeout_s: float | None = None) -> None:
         """Forget a model and all its versions."""

@@ -296,6 +296,8 @@ class ModelInfo(_Table):
     replicas: tuple[ReplicaInfo, ...] = ()
     error: str = ""
     """Why it failed, when it did."""
+    collected: tuple[str, ...] = ()
+    """What `register` found that its source needs and sent along: imports, constants, functions, files."""
 
     @property
     def name(self) -> str:
@@ -336,6 +338,7 @@ class ModelInfo(_Table):
             for method in self.spec.methods
         ]
         rows += [("note", replica.note) for replica in self.replicas if replica.note]
+        rows += [("came along", line) for line in self.collected]
         rows += [("moved", str(move)) for move in self.history[-_MOVES_SHOWN:]]
         doc = self.spec.doc.partition("\n")[0]
         return (), rows, f"{self.spec.key}: {doc}" if doc else self.spec.key

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -15,6 +14,7 @@ from nos.errors import InvalidRequestError, LimitExceededError
 from nos.wire.signature import CALL
 from nos.wire.v1 import models_pb2
 
+from nos_backend import pieces
 from nos_backend.control import batchable
 from nos_backend.control.annotations import Annotations, literal_value
 from nos_backend.control.requirements import normalize
@@ -91,22 +91,23 @@ def describe(
 
 
 def _parse(source: str, source_name: str) -> ast.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(source, filename=source_name)
-    except SyntaxError as error:
-        text = (error.text or "").strip()
-        raise InvalidRequestError(
-            f"{source_name} is not Python: line {error.lineno or 1}: {error.msg}",
-            "source",
-            "",
-            repr(text[:80]) if text else "",
-        ) from error
-    except (ValueError, MemoryError) as error:
-        raise InvalidRequestError(
-            f"{source_name} is not Python: {type(error).__name__}: {error}", "source"
-        ) from error
+    whole = ast.Module(body=[], type_ignores=[])
+    for piece in pieces.split(source, source_name):
+        try:
+            whole.body += pieces.parse(piece).body
+        except SyntaxError as error:
+            text = (error.text or "").strip()
+            raise InvalidRequestError(
+                f"{piece.name} is not Python: line {error.lineno or 1}: {error.msg}",
+                "source",
+                "",
+                repr(text[:80]) if text else "",
+            ) from error
+        except (ValueError, MemoryError) as error:
+            raise InvalidRequestError(
+                f"{piece.name} is not Python: {type(error).__name__}: {error}", "source"
+            ) from error
+    return whole
 
 
 class _Module:

@@ -1,6 +1,7 @@
 """Source to a model that can be called."""
 
 from __future__ import annotations
+import __future__
 
 import inspect
 import itertools
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 import torch
 
+from nos_backend import pieces
 from nos_backend.executor.failures import RefusedError
 from nos_backend.executor.values import ANY, Inputs, Want, want
 
@@ -22,6 +24,10 @@ if typing.TYPE_CHECKING:
     from collections.abc import Callable
 
 _CALL: Final = "__call__"
+#: What a piece may switch on for those after it.
+_FUTURE_FLAGS: Final = __future__.annotations.compiler_flag
+#: Size, time, lines and name; an entry that is not read yet has one member.
+_WHOLE_ENTRY: Final = 4
 
 
 class _StandIn(types.ModuleType):
@@ -175,8 +181,6 @@ def run_source(definition: dict[str, Any]) -> types.ModuleType:
     source, source_name = definition["source"], definition["source_name"]
     key = f"{definition['name']}@v{definition['version']}"
     module = types.ModuleType("nos_model_" + re.sub(r"\W", "_", key))
-    lines = source.splitlines(keepends=True)
-    linecache.cache[source_name] = (len(source), None, lines, source_name)
     folder = definition["folder"]
     if folder:
         module.__file__ = str(Path(folder, source_name))
@@ -186,12 +190,27 @@ def run_source(definition: dict[str, Any]) -> types.ModuleType:
     # Dataclasses, torch and pickle look a class's module up by its name.
     sys.modules[module.__name__] = module
     try:
-        code = compile(source, source_name, "exec", dont_inherit=True)
-        exec(code, module.__dict__)  # noqa: S102 - running the model's source is what this process is for
+        flags = 0
+        for piece in pieces.split(source, source_name):
+            _show_lines(piece)
+            code = compile(pieces.parse(piece), piece.name, "exec", flags, dont_inherit=True)
+            flags |= code.co_flags & _FUTURE_FLAGS
+            exec(code, module.__dict__)  # noqa: S102 - running the model's source is what this process is for
     except BaseException:
         sys.modules.pop(module.__name__, None)
         raise
     return module
+
+
+def _show_lines(piece: pieces.Piece) -> None:
+    """Let tracebacks quote a piece's lines, beside those that other pieces of its name have."""
+    known = linecache.cache.get(piece.name)
+    lines = list(known[2]) if known is not None and len(known) == _WHOLE_ENTRY else []
+    new = piece.text.splitlines(keepends=True)
+    begin = piece.first_line - 1
+    lines += ["\n"] * (begin - len(lines))
+    lines[begin : begin + len(new)] = new
+    linecache.cache[piece.name] = (sum(map(len, lines)), None, lines, piece.name)
 
 
 def construct(module: types.ModuleType, definition: dict[str, Any], device: str) -> Any:

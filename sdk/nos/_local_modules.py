@@ -1,0 +1,81 @@
+"""Modules of the author's own folder: which they are, and the files that they consist of."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+_INSTALLED: Final = frozenset({"site-packages", "dist-packages"})
+
+
+def files_of(module: ModuleType) -> dict[str, Path]:
+    """Return the files of a module of the author's folder and of those there that it imports.
+
+    A package goes with all its Python files. An installed module has none: the server has it, or its
+    environment does. Keys are paths as the import system finds them, for instance `net/layers.py`.
+    """
+    found: dict[str, Path] = {}
+    root = root_of(module)
+    if root is not None:
+        _add(root, module.__name__.partition(".")[0], found)
+    return found
+
+
+def root_of(module: ModuleType) -> Path | None:
+    """Return the author's folder that a module was imported from; None for one that is installed."""
+    file = getattr(module, "__file__", None)
+    name = module.__name__
+    if not file or name in {"__main__", "nos"} or name.startswith(("nos.", "nos_")):
+        return None
+    path = Path(file).resolve()
+    depth = name.count(".") + (path.name == "__init__.py")
+    root = path.parents[depth]
+    return root if root in _folders() else None
+
+
+def _folders() -> set[Path]:
+    """Return the notebook's folder, and that of the script."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    folders = {Path.cwd().resolve()}
+    if main:
+        folders.add(Path(main).resolve().parent)
+    installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
+    return {it for it in folders if it not in installed and not _INSTALLED & set(it.parts)}
+
+
+def _add(root: Path, name: str, found: dict[str, Path]) -> None:
+    for path in _python_files(root, name):
+        key = path.relative_to(root).as_posix()
+        if key in found:
+            continue
+        found[key] = path
+        for imported in _imports(path):
+            _add(root, imported, found)
+
+
+def _python_files(root: Path, name: str) -> list[Path]:
+    package = root / name
+    if (package / "__init__.py").is_file():
+        return [path for path in sorted(package.rglob("*.py")) if "__pycache__" not in path.parts]
+    file = root / f"{name}.py"
+    return [file] if file.is_file() else []
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Yield the top-level modules that a file imports by their full names."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return  # it fails where it is imported, with its own error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
