@@ -95,6 +95,19 @@ def delete(model: str) -> Rpc[None]:
     )
 
 
+def get_logs(model: str, max_lines: int) -> Rpc[list[types.LogLine]]:
+    """Ask what a model printed."""
+
+    def parse(raw: bytes) -> list[types.LogLine]:
+        lines = models_pb2.GetLogsResponse.FromString(raw).lines
+        return [
+            types.LogLine(time_s=line.time_s, worker=line.worker, text=line.text) for line in lines
+        ]
+
+    request = models_pb2.GetLogsRequest(model=model, max_lines=max_lines)
+    return Rpc(_MODELS + "GetLogs", request, parse)
+
+
 def register(
     source: str,
     class_name: str,

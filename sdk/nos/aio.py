@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nos._control import Rpc
     from nos._link import Call, Flow
     from nos._tokens import NewToken, TokenList
-    from nos.types import Event, Memory, ModelChange, ModelInfo, ModelList, Result, Status
+    from nos.types import Event, LogLine, Memory, ModelChange, ModelInfo, ModelList, Result, Status
     from nos.wire.v1 import models_pb2
 
 T = TypeVar("T")
@@ -129,6 +129,12 @@ class AsyncClient:
     async def unload(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """See `Client.unload`."""
         return await _answer(self._engine, _control.unload(name), timeout_s)
+
+    async def logs(
+        self, name: str, *, max_lines: int = 0, timeout_s: float | None = None
+    ) -> list[LogLine]:
+        """See `Client.logs`."""
+        return await _answer(self._engine, _control.get_logs(name, max_lines), timeout_s)
 
     async def register(
         self,

@@ -6,6 +6,7 @@ object on standard output. Server commands join through the entry point group `n
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -217,11 +218,18 @@ def stop(state_dir: StateDir = None, as_json: Json = False) -> None:
 
 @app.command()
 def logs(
+    model: Annotated[
+        str, typer.Argument(help="What this model printed; without it, the backend's logs")
+    ] = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="Last lines of each file")] = 20,
     state_dir: StateDir = None,
+    as_json: Json = False,
 ) -> None:
-    """Show the logs of this user's backend on this machine."""
+    """Show what a model printed, or the logs of this user's backend on this machine."""
+    if model:
+        _show_model_log(model, lines, follow=follow, as_json=as_json)
+        return
     folder = state_dir or local.state_dir()
     offsets: dict[Path, int] = {}
     for path in local.log_files(folder):
@@ -237,6 +245,23 @@ def logs(
         time.sleep(_POLL_S)
         for path in local.log_files(folder):
             _follow(path, offsets)
+
+
+def _show_model_log(model: str, max_lines: int, *, follow: bool, as_json: bool) -> None:
+    with _Place.connect() as client:
+        found = client.logs(model, max_lines=max_lines)
+        if as_json:
+            _print_json([dataclasses.asdict(line) for line in found])
+            return
+        last_s = 0.0
+        while True:
+            for line in found:
+                _print(str(line))
+                last_s = line.time_s
+            if not follow:
+                return
+            time.sleep(_POLL_S)
+            found = [line for line in client.logs(model) if line.time_s > last_s]
 
 
 @app.command()

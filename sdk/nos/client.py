@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from nos._link import Call, Flow
     from nos._tokens import NewToken, TokenList
-    from nos.types import Event, Memory, ModelChange, ModelInfo, ModelList, Result, Status
+    from nos.types import Event, LogLine, Memory, ModelChange, ModelInfo, ModelList, Result, Status
     from nos.wire.v1 import models_pb2
 
 DEFAULT_TIMEOUT_S: Final = 30.0
@@ -136,6 +136,21 @@ class Client:
     def unload(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """Take a model off its devices, after its work in flight."""
         return self._engine.wait(_control.unload(name), timeout_s)
+
+    def logs(
+        self, name: str, *, max_lines: int = 0, timeout_s: float | None = None
+    ) -> list[LogLine]:
+        """Return the last lines that a model printed, the oldest first; loaded or not, for its owner.
+
+        A line counts as printed by the model whose call ran. At most 1,000 lines and 256 KiB of each
+        model are kept, and lines beyond 100 a second are counted and dropped.
+
+        Args:
+            name: `name` or `name@v3`.
+            max_lines: At most so many of the last ones; 0 means all.
+            timeout_s: Replaces the client's limit.
+        """
+        return self._engine.wait(_control.get_logs(name, max_lines), timeout_s)
 
     def register(
         self,

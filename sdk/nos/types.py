@@ -268,6 +268,21 @@ class Transition:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """One line that a model printed."""
+
+    time_s: float
+    """When it was read, in seconds since 1970."""
+    worker: str
+    text: str
+
+    def __str__(self) -> str:
+        """Return it with its time."""
+        when = datetime.fromtimestamp(self.time_s).astimezone().strftime("%H:%M:%S")
+        return f"{when} {self.text}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaInfo:
     """One loaded copy of a model."""
 

@@ -50,6 +50,9 @@ class FakeCluster:
         self.loaded.pop(key, None)
         self.tell("unloaded", key)
 
+    async def logs(self, key, max_lines):
+        return {}
+
     async def state(self):
         models = [
             {

@@ -378,8 +378,8 @@ def test_a_real_server_swaps_and_tells_the_history(tmp_path: Path) -> None:
             assert client.load("m20", pin=True).spec.is_pinned
             for name in ("m30", "m40", "m30"):
                 assert np.array_equal(client.model(name)(x), expected[name])
+            client.register(model("m50", 50).source)
             with pytest.raises(OutOfDeviceMemoryError, match="pinned"):
-                client.register(model("m50", 50).source)
                 client.load("m50")
             assert client.info("m20").state == "device"
             assert "pinned" in str(client.info("m20"))

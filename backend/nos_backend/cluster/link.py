@@ -183,6 +183,18 @@ class ClusterLink:
         self._wanted.pop(key, None)
         await self._ask("nos_unload", key=key)
 
+    async def logs(self, key: str, max_lines: int) -> dict[str, list[tuple[float, str]]]:
+        """Return the last lines that a model printed, by worker: (seconds since 1970, text).
+
+        Raises:
+            UnavailableError: If the scheduler does not answer.
+        """
+        reply = await self._ask("nos_logs", key=key, max_lines=max_lines)
+        return {
+            str(worker): [(float(time_s), str(text)) for time_s, text in lines]
+            for worker, lines in reply["logs"].items()
+        }
+
     async def state(self) -> dict[str, Any]:
         """Return how the cluster stands, as plain containers.
 

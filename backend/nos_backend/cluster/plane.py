@@ -101,6 +101,7 @@ class ServePlane(SchedulerPlugin):
         scheduler.handlers["nos_load"] = self.load
         scheduler.handlers["nos_unload"] = self.unload
         scheduler.handlers["nos_state"] = self.state
+        scheduler.handlers["nos_logs"] = self.logs
         for address in self._serving():
             self._spawn(self._welcome(address))
 
@@ -163,6 +164,15 @@ class ServePlane(SchedulerPlugin):
             *(self._command(address, "nos_unload", key=key) for address in holders)
         )
         return next((reply for reply in replies if "error" in reply), {})
+
+    async def logs(self, key: str, max_lines: int) -> dict[str, Any]:
+        """Return the last lines that a model printed, by worker; also where it is no longer."""
+        found = {}
+        for address in self._serving():
+            reply = await self._command(address, "nos_logs", key=key, max_lines=max_lines)
+            if reply.get("lines"):
+                found[str(self._scheduler.workers[address].name)] = reply["lines"]
+        return {"logs": found}
 
     async def state(self) -> dict[str, Any]:
         """Return workers and models as plain containers; the form stands at `ClusterLink.state`."""

@@ -110,6 +110,7 @@ class HostPlugin(WorkerPlugin):
         worker.handlers["nos_load"] = self.load
         worker.handlers["nos_unload"] = self.unload
         worker.handlers["nos_state"] = self.state
+        worker.handlers["nos_logs"] = self.logs
 
     async def teardown(self, worker: Worker) -> None:
         """Finish what is in flight, then stop the data plane and the executors."""
@@ -156,6 +157,15 @@ class HostPlugin(WorkerPlugin):
         """Return the manager's status as of now."""
         await self._refresh()
         return self._status
+
+    async def logs(self, key: str, max_lines: int) -> dict[str, Any]:
+        """Return the last lines that a model printed here."""
+
+        async def read() -> list[tuple[float, str]]:
+            return self._manager.logs(key, max_lines)
+
+        lines = await asyncio.wrap_future(self._plane.submit_coroutine(read))
+        return {"lines": [list(line) for line in lines]}
 
     async def _attempt(self, work: Callable[[], Coroutine[Any, Any, None]]) -> dict[str, Any]:
         from nos.wire.status import to_message

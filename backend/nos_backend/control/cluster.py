@@ -42,6 +42,10 @@ class Cluster(Protocol):
         """Take a model off every worker."""
         ...
 
+    async def logs(self, key: str, max_lines: int) -> dict[str, list[tuple[float, str]]]:
+        """Return the last lines that a model printed, by worker."""
+        ...
+
     async def state(self) -> State:
         """Return how the cluster stands."""
         ...

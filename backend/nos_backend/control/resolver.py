@@ -77,6 +77,10 @@ class Resolver:
         await self._cluster.unload(key)
         self._placements.pop(key, None)
 
+    async def logs(self, key: str, max_lines: int) -> dict[str, list[tuple[float, str]]]:
+        """Return the last lines that a version printed, by worker."""
+        return await self._cluster.logs(key, max_lines)
+
     def ticket(self, key: str, identity: Identity) -> bytes:
         """Return a fresh ticket for one model version."""
         return self._signer.sign(

@@ -178,6 +178,21 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
             )
         return models_pb2.ScaleModelResponse(model=await self._info(request.model))
 
+    async def GetLogs(
+        self, request: models_pb2.GetLogsRequest, context: Context
+    ) -> models_pb2.GetLogsResponse:
+        """Return what a model printed, to its owner."""
+        _check_owner(self._catalogue.entry(request.model))
+        version = self._catalogue.find(request.model)
+        logs = await self._resolver.logs(version.key, request.max_lines)
+        lines = [
+            models_pb2.LogLine(time_s=time_s, worker=worker, text=text)
+            for worker, found in logs.items()
+            for time_s, text in found
+        ]
+        lines.sort(key=lambda line: line.time_s)
+        return models_pb2.GetLogsResponse(lines=lines[-request.max_lines or None :])
+
     async def WatchModels(
         self, request: models_pb2.WatchModelsRequest, context: Context
     ) -> AsyncIterator[models_pb2.WatchModelsResponse]:

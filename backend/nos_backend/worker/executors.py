@@ -86,6 +86,7 @@ _NONSENSE: Final = (AttributeError, KeyError, MalformedError, OverflowError, Typ
 
 @dataclass(slots=True)
 class _Call:
+    key: str
     sink: Callable[[Reply], None]
     block: Block | Blocks | None
 
@@ -112,6 +113,10 @@ class Executor(asyncio.Protocol):
         self._input, self._output = arenas
         self._log_fd = log_fd
         self._log = LogLines()
+        #: Called with a model and a line that it printed.
+        self._on_line: Callable[[str, str], None] = _no_line
+        #: The model that runs or loads, or did last.
+        self._speaker = ""
         self._decoder = Decoder()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._disconnected: asyncio.Future[None] = self._loop.create_future()
@@ -152,6 +157,7 @@ class Executor(asyncio.Protocol):
         forkserver: ForkServer | None,
         python: str = sys.executable,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
+        on_line: Callable[[str, str], None] | None = None,
     ) -> Executor:
         """Start one and wait until it takes calls.
 
@@ -162,6 +168,7 @@ class Executor(asyncio.Protocol):
             forkserver: Whose child it becomes; without one it is spawned.
             python: The interpreter, where it is spawned.
             arena_bytes: Size of each of its two arenas; only what is used takes memory.
+            on_line: Called on the loop with a model's key and each line that it printed.
 
         Raises:
             ExecutorLostError: If it does not start, or the fork server is dead.
@@ -175,6 +182,7 @@ class Executor(asyncio.Protocol):
                 descriptors.callback(os.close, fd)
             self = cls(name, device, (Arena(input_fd), Arena(output_fd, writable=False)), log_read)
             self._socket = ours
+            self._on_line = on_line or _no_line
             await self._loop.create_connection(lambda: self, sock=ours)
             request = ProcessRequest(
                 name=name,
@@ -321,6 +329,8 @@ class Executor(asyncio.Protocol):
         self, operation: str, key: str, timeout_s: float, fds: tuple[int, ...] = (), **fields: Any
     ) -> dict[str, Any]:
         """Have one step of a load done; a caller that leaves makes the executor forget the model."""
+        if not self._calls:
+            self._let_speak(key)
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._ask({"op": operation, "key": key, **fields}, fds)
@@ -434,7 +444,9 @@ class Executor(asyncio.Protocol):
                 block.release()
             self._loop.call_soon(sink, Reply("error", error=self._loss()))
             return
-        self._calls[call_id] = _Call(sink, block)
+        if not self._calls:
+            self._let_speak(key)
+        self._calls[call_id] = _Call(key, sink, block)
         if recurs and self._send_short(call_id, (key, method, id(arguments)), block):
             return
         message: dict[str, Any] = {
@@ -600,6 +612,8 @@ class Executor(asyncio.Protocol):
 
     def _end_call(self, call_id: int, reply: Reply, *, is_kept: bool) -> None:
         call = self._calls.pop(call_id)
+        if self._calls:
+            self._let_speak(next(iter(self._calls.values())).key)
         self._is_needy = False
         if call.block is not None:
             if is_kept:
@@ -700,12 +714,23 @@ class Executor(asyncio.Protocol):
             return
         for line in self._log.feed(data, self._loop.time()):
             log_output.info("%s: %s", self.name, line)
+            self._on_line(self._speaker, line)
         if not data:
             self._loop.remove_reader(self._log_fd)
+
+    def _let_speak(self, key: str) -> None:
+        """What is printed from now on is of this model."""
+        if key != self._speaker:
+            self._read_log()
+            self._speaker = key
 
     def _stop_log(self) -> None:
         self._loop.remove_reader(self._log_fd)
         os.close(self._log_fd)
+
+
+def _no_line(_key: str, _line: str) -> None:
+    """Nobody listens."""
 
 
 def _fields(definition: ModelDefinition) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from nos.errors import ExecutorLostError, LoadError, NosError
 from nos_backend.worker.executors import Executor, ForkServer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from nos_backend.worker.environments import Environments
 
@@ -24,11 +24,18 @@ class Launcher:
     """Starts executors. Belongs to one event loop."""
 
     def __init__(
-        self, *, num_threads: int, use_forkserver: bool, environments: Environments | None = None
+        self,
+        *,
+        num_threads: int,
+        use_forkserver: bool,
+        environments: Environments | None = None,
+        on_line: Callable[[str, str], None] | None = None,
     ) -> None:
+        """Make a launcher; `on_line` hears each line that a model prints, with the model's key."""
         self._num_threads = num_threads
         self._use_forkserver = use_forkserver
         self._environments = environments
+        self._on_line = on_line
         #: The fork server of each interpreter, in the making or made.
         self._forkservers: dict[str, asyncio.Task[ForkServer]] = {}
         self._counter = itertools.count(1)
@@ -77,6 +84,7 @@ class Launcher:
             num_threads=self._num_threads,
             forkserver=forkserver,
             python=python,
+            on_line=self._on_line,
         )
 
     async def _living_forkserver(self, python: str) -> ForkServer | None:

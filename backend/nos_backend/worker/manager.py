@@ -30,6 +30,7 @@ from nos_backend.worker.inputs import Input
 from nos_backend.worker.launcher import Launcher
 from nos_backend.worker.loader import Loader
 from nos_backend.worker.memory import DeviceMemory, MemoryOptions, Transition
+from nos_backend.worker.model_logs import ModelLogs
 from nos_backend.worker.slots import Slots
 from nos_backend.worker.surroundings import Probes, Surroundings
 
@@ -98,6 +99,7 @@ class ModelManager:
         self.capacity_bytes = options.capacity_bytes
         self._options = options
         self._loop = asyncio.get_running_loop()
+        self._logs = ModelLogs()
         usable_bytes = options.capacity_bytes or int(host_memory_bytes() * _HOST_SHARE)
         self._memory = DeviceMemory(
             options.to_residency(usable_bytes),
@@ -117,6 +119,7 @@ class ModelManager:
             num_threads=num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS)),
             use_forkserver=use_forkserver,
             environments=environments,
+            on_line=self._logs.add,
         )
         self._store = HostStore(budget_bytes=options.host_bytes, folder=options.folder)
         self._loader = Loader(self._launcher, self._store, self._evicted, self._memory.note_parked)
@@ -232,6 +235,10 @@ class ModelManager:
             "host_bytes": self._store.used_bytes,
             "models": [self._status_of(entry) for entry in self._entries.values()],
         }
+
+    def logs(self, key: str, max_lines: int) -> list[tuple[float, str]]:
+        """Return the last lines that a model printed, loaded or not; times in seconds since 1970."""
+        return self._logs.lines(key, max_lines)
 
     def _status_of(self, entry: Entry) -> dict[str, Any]:
         key, state = entry.key, self._memory.state(entry.key)

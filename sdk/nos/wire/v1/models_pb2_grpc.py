@@ -75,6 +75,11 @@ class ModelServiceStub(object):
                 request_serializer=nos_dot_v1_dot_models__pb2.GetProfileRequest.SerializeToString,
                 response_deserializer=nos_dot_v1_dot_models__pb2.GetProfileResponse.FromString,
                 _registered_method=True)
+        self.GetLogs = channel.unary_unary(
+                '/nos.v1.ModelService/GetLogs',
+                request_serializer=nos_dot_v1_dot_models__pb2.GetLogsRequest.SerializeToString,
+                response_deserializer=nos_dot_v1_dot_models__pb2.GetLogsResponse.FromString,
+                _registered_method=True)
         self.WatchModels = channel.unary_stream(
                 '/nos.v1.ModelService/WatchModels',
                 request_serializer=nos_dot_v1_dot_models__pb2.WatchModelsRequest.SerializeToString,
@@ -142,6 +147,13 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLogs(self, request, context):
+        """Gives what a model printed lately, to its owner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchModels(self, request, context):
         """Streams the models' infos: all at once first, then each that changes.
         """
@@ -191,6 +203,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetProfile,
                     request_deserializer=nos_dot_v1_dot_models__pb2.GetProfileRequest.FromString,
                     response_serializer=nos_dot_v1_dot_models__pb2.GetProfileResponse.SerializeToString,
+            ),
+            'GetLogs': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLogs,
+                    request_deserializer=nos_dot_v1_dot_models__pb2.GetLogsRequest.FromString,
+                    response_serializer=nos_dot_v1_dot_models__pb2.GetLogsResponse.SerializeToString,
             ),
             'WatchModels': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchModels,
@@ -415,6 +432,33 @@ class ModelService(object):
             '/nos.v1.ModelService/GetProfile',
             nos_dot_v1_dot_models__pb2.GetProfileRequest.SerializeToString,
             nos_dot_v1_dot_models__pb2.GetProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nos.v1.ModelService/GetLogs',
+            nos_dot_v1_dot_models__pb2.GetLogsRequest.SerializeToString,
+            nos_dot_v1_dot_models__pb2.GetLogsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,8 @@ class ModelServiceStub:
     """Sets how many replicas are wanted."""
     GetProfile: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetProfileRequest, _models_pb2.GetProfileResponse]
     """Says what a model's methods need at each batch size; loads it and waits where that is not known yet."""
+    GetLogs: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetLogsRequest, _models_pb2.GetLogsResponse]
+    """Gives what a model printed lately, to its owner."""
     WatchModels: _grpc.UnaryStreamMultiCallable[_models_pb2.WatchModelsRequest, _models_pb2.WatchModelsResponse]
     """Streams the models' infos: all at once first, then each that changes."""
 
@@ -73,6 +75,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Sets how many replicas are wanted."""
     GetProfile: _aio.UnaryUnaryMultiCallable[_models_pb2.GetProfileRequest, _models_pb2.GetProfileResponse]  # type: ignore[assignment]
     """Says what a model's methods need at each batch size; loads it and waits where that is not known yet."""
+    GetLogs: _aio.UnaryUnaryMultiCallable[_models_pb2.GetLogsRequest, _models_pb2.GetLogsResponse]  # type: ignore[assignment]
+    """Gives what a model printed lately, to its owner."""
     WatchModels: _aio.UnaryStreamMultiCallable[_models_pb2.WatchModelsRequest, _models_pb2.WatchModelsResponse]  # type: ignore[assignment]
     """Streams the models' infos: all at once first, then each that changes."""
 
@@ -142,6 +146,14 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.GetProfileResponse, _abc.Awaitable[_models_pb2.GetProfileResponse]]:
         """Says what a model's methods need at each batch size; loads it and waits where that is not known yet."""
+
+    @_abc_1.abstractmethod
+    def GetLogs(
+        self,
+        request: _models_pb2.GetLogsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.GetLogsResponse, _abc.Awaitable[_models_pb2.GetLogsResponse]]:
+        """Gives what a model printed lately, to its owner."""
 
     @_abc_1.abstractmethod
     def WatchModels(
