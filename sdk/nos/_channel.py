@@ -79,9 +79,9 @@ class Duplex(Protocol):
     """A running stream of inference: how its messages are made, sent and received."""
 
     def pack(
-        self, header: inference_pb2.StreamRequest, buffers: Sequence[frames.Buffer], size: int
+        self, seq: int, header: bytes, buffers: Sequence[frames.Buffer], size: int
     ) -> list[bytes]:
-        """Return a message with data as what `put` takes, in order; the data is copied by then."""
+        """Return frame `seq` as what `put` takes, in order; the data is copied by then."""
 
     def wrap(self, message: bytes) -> bytes:
         """Return a message without data as what `put` takes."""
@@ -115,10 +115,10 @@ class RpcStream:
         self.put = self._outbox.put
 
     def pack(
-        self, header: inference_pb2.StreamRequest, buffers: Sequence[frames.Buffer], size: int
+        self, seq: int, header: bytes, buffers: Sequence[frames.Buffer], size: int
     ) -> list[bytes]:
         """See `Duplex`."""
-        return list(frames.pack(header, buffers, size))
+        return list(frames.pack(seq, header, buffers, size))
 
     def wrap(self, message: bytes) -> bytes:
         """See `Duplex`."""

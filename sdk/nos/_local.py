@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from nos import _fork
 from nos._session import broken
 from nos.errors import InvalidRequestError, UnavailableError
+from nos.wire import frames
 from nos.wire.limits import MODEL_KEY, SHARED_BYTES, TICKET_KEY
 from nos.wire.shared import SharedEnd
 from nos.wire.v1 import inference_pb2
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from nos._channel import Metadata
-    from nos.wire import frames
 
+#: Of `send`; a plain number, since combining an enum's members takes as long as the call.
+_AT_ONCE: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) if sys.platform == "linux" else 0
 _READ_BYTES: Final = 1 << 18
 #: A worker that lives accepts at once; one that does not is not worth more.
 _CONNECT_S: Final = 2.0
@@ -108,10 +110,10 @@ class LocalStream:
         _Open.streams.add(self)
 
     def pack(
-        self, header: inference_pb2.StreamRequest, buffers: Sequence[frames.Buffer], size: int
+        self, seq: int, header: bytes, buffers: Sequence[frames.Buffer], size: int
     ) -> list[bytes]:
         """See `Duplex`."""
-        return list(self._shared.pack(header, buffers, size))
+        return list(self._shared.pack(seq, header, buffers, size))
 
     def wrap(self, message: bytes) -> bytes:
         """See `Duplex`."""
@@ -138,7 +140,8 @@ class LocalStream:
         """See `Duplex`."""
         try:
             while data := self._socket.recv(_READ_BYTES):
-                yield from self._shared.feed(data, inference_pb2.StreamResponse)
+                for header, block in self._shared.feed(data):
+                    yield frames.parse(inference_pb2.StreamResponse, header), block
         except OSError as error:
             raise UnavailableError("the connection to the worker broke", got=str(error)) from error
         except InvalidRequestError as error:
@@ -172,7 +175,7 @@ class LocalStream:
     def _try_send(self, message: bytes) -> memoryview | None:
         """Send; return what the socket did not take."""
         try:
-            sent = self._socket.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sent = self._socket.send(message, _AT_ONCE)
         except BlockingIOError:
             sent = 0
         except OSError:  # the reader finds out and says so

@@ -20,14 +20,12 @@ from nos.errors import InternalError, NosError, OverloadedError, VersionMismatch
 from nos.types import Timings
 from nos.wire import frames, status, values
 from nos.wire.limits import FRAME_BYTES, PROTOCOL_VERSION
-from nos.wire.v1 import inference_pb2, values_pb2
+from nos.wire.v1 import inference_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-Pack: TypeAlias = (
-    "Callable[[inference_pb2.StreamRequest, Sequence[frames.Buffer], int], Iterable[bytes]]"
-)
+Pack: TypeAlias = "Callable[[int, bytes, Sequence[frames.Buffer], int], Iterable[bytes]]"
 
 #: For a server that leaves its window open.
 _DEFAULT_WINDOW_FRAMES: Final = 16
@@ -88,10 +86,9 @@ Event: TypeAlias = Welcomed | Item | Done | Failed | Leaving | Lost
 class Outgoing:
     """A frame that has not been sent; its bytes may still be the caller's memory."""
 
-    method: str
-    arguments: Sequence[values_pb2.Argument]
+    #: The serialized `nos.v1.Frame`.
+    header: bytes
     payload: values.Payload
-    timeout_s: float
 
     def snapshot(self) -> None:
         """Copy the bytes, so that the caller may change its arrays from now on."""
@@ -188,16 +185,8 @@ class Session:
         size = frame.payload.size
         self._open[seq] = size
         self.open_bytes += size
-        header = inference_pb2.StreamRequest(
-            seq=seq,
-            frame=inference_pb2.Frame(
-                method=frame.method,
-                arguments=frame.arguments,
-                timeout_s=frame.timeout_s,
-                data_bytes=size,
-            ),
-        )
-        return seq, list(self._pack(header, frame.payload.buffers, size))
+        header = frames.request_header(seq, frame.header)
+        return seq, list(self._pack(seq, header, frame.payload.buffers, size))
 
     def cancel(self, seq: int) -> bytes | None:
         """Return the message that withdraws a frame, or None if it has ended.

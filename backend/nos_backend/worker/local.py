@@ -197,19 +197,24 @@ class LocalPipe(asyncio.Protocol):
         await asyncio.wait({self._lost})
         raise _left()
 
-    async def write(
-        self, header: inference_pb2.StreamResponse, data: memoryview | None = None
-    ) -> None:
+    @property
+    def takes_at_once(self) -> bool:
         """See `Pipe`."""
-        if data is None:
-            self._transport.write(self._shared.wrap(header.SerializeToString()))
+        return self._writable.is_set()
+
+    def write_at_once(self, seq: int, header: bytes, data: memoryview) -> None:
+        """See `Pipe`."""
+        for message in self._shared.pack(seq, header, [data], data.nbytes):
+            self._transport.write(message)
+        self.num_written += 1
+
+    async def write(self, seq: int, header: bytes, data: memoryview) -> None:
+        """See `Pipe`."""
+        for message in self._shared.pack(seq, header, [data], data.nbytes):
+            if not self._writable.is_set():
+                await self._writable.wait()
+            self._transport.write(message)
             self.num_written += 1
-        else:
-            for message in self._shared.pack(header, [data], data.nbytes):
-                if not self._writable.is_set():
-                    await self._writable.wait()
-                self._transport.write(message)
-                self.num_written += 1
         if not self._writable.is_set():
             await self._writable.wait()
 
@@ -248,8 +253,8 @@ class LocalPipe(asyncio.Protocol):
             self._early.append(data)
             return
         try:
-            for message, block in self._shared.feed(data, inference_pb2.StreamRequest):
-                self._receive(message, block)
+            for header, block in self._shared.feed(data):
+                self._receive(header, block)
         except Exception as error:  # noqa: BLE001 - handed to the reading task
             self._ended.set_exception(error)
             return

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 from nos.errors import (
     CancelledError,
@@ -30,11 +30,12 @@ from nos.errors import (
 from nos.wire import frames
 from nos.wire.limits import FRAME_BYTES, PROTOCOL_VERSION, UNORDERED
 from nos.wire.status import to_message
-from nos.wire.v1 import inference_pb2
+from nos.wire.v1 import inference_pb2, values_pb2
 
 from nos_backend.worker.access import authorize, unexpected
 from nos_backend.worker.arguments import Call, check_arguments, from_node
 from nos_backend.worker.dispatch import Request, failure
+from nos_backend.worker.replies import NO_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,10 +48,12 @@ if TYPE_CHECKING:
     from nos_backend.worker.manager import ModelManager
     from nos_backend.worker.replies import Reply
 
+T = TypeVar("T")
+
 #: What a handler of raw bytes reads from and writes to.
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
-#: Takes a client's message and its data, which is valid for the call only.
-Receive: TypeAlias = "Callable[[inference_pb2.StreamRequest, memoryview], None]"
+#: Takes a client's serialized message and its data, which is valid for the call only.
+Receive: TypeAlias = "Callable[[bytes, memoryview], None]"
 
 _logger = logging.getLogger(__name__)
 
@@ -59,6 +62,10 @@ WINDOW_BYTES: Final = 64 << 20
 HEARTBEAT_S: Final = 5.0
 #: How long a stream outlives its ticket: a renewal may be on its way, and clocks differ.
 _EXPIRY_GRACE_S: Final = 1.0
+#: What is remembered of frames and results, so that those like them need not be taken apart again: so many,
+#: each of at most so many bytes.
+_MAX_FORMS: Final = 32
+_MAX_FORM_BYTES: Final = 512
 #: Frames over the window still get their error each; beyond this many nothing more is read.
 _CLOGGED_FRAMES: Final = 4 * WINDOW_FRAMES
 
@@ -87,10 +94,21 @@ class Pipe(Protocol):
             CancelledError: When it is gone.
         """
 
-    async def write(
-        self, header: inference_pb2.StreamResponse, data: memoryview | None = None
-    ) -> None:
-        """Write a message, with its data in as many more as it takes; the data is copied by then."""
+    @property
+    def takes_at_once(self) -> bool:
+        """Whether a message can be written without waiting."""
+
+    def write_at_once(self, seq: int, header: bytes, data: memoryview) -> None:
+        """As `write`, while `takes_at_once`."""
+
+    async def write(self, seq: int, header: bytes, data: memoryview) -> None:
+        """Write a message, with its data in as many more as it takes; the data is copied by then.
+
+        Args:
+            seq: Which frame it belongs to.
+            header: The serialized message.
+            data: Its data; may be empty.
+        """
 
     def is_frozen(self) -> bool:
         """Return whether the client is known to be stopped, here and when this was asked last."""
@@ -106,21 +124,24 @@ class GrpcPipe:
     async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
         """See `Pipe`."""
         while isinstance(raw := await self._context.read(), bytes):
-            receive(*frames.split(inference_pb2.StreamRequest, raw))
+            receive(*frames.cut(raw))
             await flowing.wait()
 
     async def leave(self) -> None:
         """See `Pipe`: gRPC cancels the call."""
 
-    async def write(
-        self, header: inference_pb2.StreamResponse, data: memoryview | None = None
-    ) -> None:
+    @property
+    def takes_at_once(self) -> bool:
+        """See `Pipe`: gRPC says only afterwards."""
+        return False
+
+    def write_at_once(self, seq: int, header: bytes, data: memoryview) -> None:
         """See `Pipe`."""
-        if data is None:
-            await self._context.write(header.SerializeToString())
-            self.num_written += 1
-            return
-        for message in frames.pack(header, [data], data.nbytes):
+        raise AssertionError("it takes nothing at once")
+
+    async def write(self, seq: int, header: bytes, data: memoryview) -> None:
+        """See `Pipe`."""
+        for message in frames.pack(seq, header, [data], data.nbytes):
             await self._context.write(message)
             self.num_written += 1
 
@@ -132,6 +153,15 @@ class GrpcPipe:
 _senders = itertools.count(1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What frames say whose headers differ in nothing but their number; as `nos.v1.Frame`, and checked."""
+
+    data_bytes: int
+    timeout_s: float
+    call: Call
+
+
 @dataclass(slots=True, eq=False)
 class _Frame:
     """A frame without its end."""
@@ -141,6 +171,8 @@ class _Frame:
     size: int = 0
     filled: int = 0
     call: Call | None = None
+    #: Whether the call is that of other frames as well.
+    recurs: bool = False
     input: Input | None = None
     deadline_s: float | None = None
     #: Set once it was submitted.
@@ -178,6 +210,10 @@ class Stream:
         #: Whether results are written in the order of their frames.
         self._is_ordered = True
         self._num_ended = 0
+        #: By their messages without number and data.
+        self._forms: dict[bytes, _Form] = {}
+        #: Serialized values of results, by the node that they were made of.
+        self._values: dict[bytes, bytes] = {}
         #: Messages about the stream itself; written before results.
         self._control: deque[inference_pb2.StreamResponse] = deque()
         #: Something may be there to write.
@@ -192,7 +228,10 @@ class Stream:
         #: Set when the server leaves: the stream ends with this once no frame is open.
         self._leaving: NosError | None = None
         self._is_closed = False
+        #: The task that writes is at it; it does nothing else while the transport takes all at once.
         self._is_writing = False
+        self._is_flush_due = False
+        self._pipe: Pipe | None = None
         #: The client took nothing between the last two beats although something was there for it.
         self._was_stalled = False
         self._heartbeat: asyncio.TimerHandle | None = None
@@ -217,6 +256,7 @@ class Stream:
         _logger.info(
             "stream %s opens: %s for %s", self._id, self._model, self._access.ticket.tenant
         )
+        self._pipe = pipe
         reader = asyncio.create_task(self._read(pipe), name=f"read {self._id}")
         writer = asyncio.create_task(self._write(pipe), name=f"write {self._id}")
         self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat, pipe, 0)
@@ -257,10 +297,16 @@ class Stream:
         except Exception as error:  # noqa: BLE001 - the top level of this task
             self.cut(unexpected(error, f"reading stream {self._id}"))
 
-    def _receive(self, message: inference_pb2.StreamRequest, data: memoryview) -> None:
+    def _receive(self, header: bytes, data: memoryview) -> None:
+        seq, rest = frames.split_seq(header)
+        form = self._forms.get(rest)
+        if form is not None:
+            self._on_frame(seq, form, data)
+            return
+        message = frames.parse(inference_pb2.StreamRequest, header)
         match message.WhichOneof("event"):
             case "frame":
-                self._on_frame(message.seq, message.frame, data)
+                self._on_frame(message.seq, message.frame, data, rest)
             case "chunk":
                 self._on_chunk(message.seq, data)
             case "cancel":
@@ -298,7 +344,17 @@ class Stream:
             raise UnauthenticatedError("the new ticket is not for this stream", "renewal")
         self._access = access
 
-    def _on_frame(self, seq: int, header: inference_pb2.Frame, data: memoryview) -> None:
+    def _on_frame(
+        self, seq: int, header: inference_pb2.Frame | _Form, data: memoryview, rest: bytes = b""
+    ) -> None:
+        """Take a frame.
+
+        Args:
+            seq: Its number.
+            header: What it says.
+            data: Its bytes, or the first of them.
+            rest: The message without its number and data.
+        """
         if seq != self._last_seq + 1:
             raise InvalidRequestError(
                 "the frame is out of order", "seq", str(self._last_seq + 1), str(seq)
@@ -306,13 +362,15 @@ class Stream:
         self._last_seq = seq
         frame = _Frame(seq)
         try:
-            self._admit(frame, header, data)
+            self._admit(frame, header, data, rest)
         except NosError as error:
             self._refuse(frame, error)
         except Exception as error:  # noqa: BLE001 - one frame's failure is not its neighbours'
             self._refuse(frame, unexpected(error, f"taking frame {seq} of stream {self._id}"))
 
-    def _admit(self, frame: _Frame, header: inference_pb2.Frame, data: memoryview) -> None:
+    def _admit(
+        self, frame: _Frame, header: inference_pb2.Frame | _Form, data: memoryview, rest: bytes
+    ) -> None:
         size = header.data_bytes or data.nbytes
         num_open, open_bytes = len(self._frames), self._open_bytes + size
         self._frames[frame.seq] = frame
@@ -337,12 +395,23 @@ class Stream:
                 "the frame is too large", "data_bytes", f"at most {FRAME_BYTES} bytes", str(size)
             )
         frame.deadline_s = deadline_of(header.timeout_s, self._loop.time())
-        frame.call = check_arguments(self._spec, header.method, header.arguments, size)
+        if isinstance(header, _Form):
+            frame.call, frame.recurs = header.call, True
+        else:
+            frame.call = check_arguments(self._spec, header.method, header.arguments, size)
+            if header.data_bytes and 0 < len(rest) <= _MAX_FORM_BYTES:
+                self._remember(self._forms, rest, _Form(size, header.timeout_s, frame.call))
         frame.size = size
         self._open_bytes += size
         if size:
             frame.input = self._manager.allocate(self._model, size)
         self._fill(frame, data)
+
+    @staticmethod
+    def _remember(memory: dict[bytes, T], name: bytes, item: T) -> None:
+        if len(memory) >= _MAX_FORMS:
+            memory.clear()
+        memory[name] = item
 
     def _on_chunk(self, seq: int, data: memoryview) -> None:
         if not 0 < seq <= self._last_seq:
@@ -383,6 +452,7 @@ class Stream:
             # The window holds the sender back. With a deadline it would rather know at once.
             may_wait=frame.deadline_s is None,
             sender=self._sender,
+            recurs=frame.recurs,
         )
         frame.call = frame.input = None
         self._manager.submit(frame.request)
@@ -424,16 +494,39 @@ class Stream:
             return
         frame.replies.append(reply)
         frame.is_ended = reply.kind != "item"
-        self._wake.set()
+        if self._pipe is None or self._is_writing or not self._pipe.takes_at_once:
+            self._wake.set()
+        elif not self._is_flush_due:
+            # Not at once: who decides what runs next comes first, and a copy of the result takes longer.
+            self._is_flush_due = True
+            self._loop.call_soon(self._flush, self._pipe)
 
     # Writing.
+
+    def _flush(self, pipe: Pipe) -> None:
+        """Write what the transport takes at once; saves the task a round through the loop."""
+        self._is_flush_due = False
+        try:
+            while pipe.takes_at_once and not (self._is_writing or self._is_closed or self._control):
+                if (frame := self._head()) is None:
+                    break
+                reply = frame.replies.popleft()
+                try:
+                    pipe.write_at_once(*self._message(frame, reply))
+                finally:
+                    reply.release()
+        except Exception as error:  # noqa: BLE001 - the top level of this callback
+            self.cut(unexpected(error, f"writing stream {self._id}"))
+        if self._control or self._head() is not None or self._is_half_closed or self._leaving:
+            self._wake.set()
 
     async def _write(self, pipe: Pipe) -> None:
         try:
             while True:
                 self._is_writing = True
                 if self._control:
-                    await pipe.write(self._control.popleft())
+                    message = self._control.popleft()
+                    await pipe.write(message.seq, message.SerializeToString(), NO_BYTES)
                 elif (frame := self._head()) is not None:
                     reply = frame.replies.popleft()
                     try:
@@ -456,36 +549,48 @@ class Stream:
         frame = next(iter(self._frames.values()), None)
         return frame if frame is not None and frame.replies else None
 
-    def _message(
-        self, frame: _Frame, reply: Reply
-    ) -> tuple[inference_pb2.StreamResponse, memoryview | None]:
-        """Return one reply's message and data; a frame that ends with it has ended.
+    def _message(self, frame: _Frame, reply: Reply) -> tuple[int, bytes, memoryview]:
+        """Return one reply's number, header and data; a frame that ends with it has ended.
 
         The client may send the next frame as soon as it sees the last of it.
         """
+        seq = frame.seq
         if reply.kind != "item":
-            del self._frames[frame.seq]
+            del self._frames[seq]
             self._open_bytes -= frame.size
             self._num_ended += 1
             if len(self._frames) < _CLOGGED_FRAMES:
                 self._flowing.set()
-        head = inference_pb2.StreamResponse(seq=frame.seq)
         error = reply.error
         if error is None:
             try:
-                head.result.more = reply.kind == "item"
-                if reply.kind in {"item", "result"}:
-                    from_node(reply.node, head.result.value)
+                return seq, self._result_header(frame, reply), reply.block
             except NosError as malformed:
                 error = malformed
-        if error is not None:
-            visible = self._access.visible(error, self._owner)
-            head.error.CopyFrom(to_message(visible))
-            return head, None
-        if reply.kind != "item" and frame.request is not None:
+        visible = self._access.visible(error, self._owner)
+        failed = inference_pb2.StreamResponse(seq=seq, error=to_message(visible))
+        return seq, failed.SerializeToString(), NO_BYTES
+
+    def _result_header(self, frame: _Frame, reply: Reply) -> bytes:
+        value = self._values.get(reply.raw_node) if reply.raw_node else None
+        if value is None:
+            target = values_pb2.Value()
+            if reply.kind != "end":
+                from_node(reply.node, target)
+            value = target.SerializeToString()
+            if reply.raw_node:
+                self._remember(self._values, reply.raw_node, value)
+        if reply.kind == "result" and frame.request is not None:
+            timings = timings_of(frame.request, reply, self._loop.time())
+            return frames.result_header(frame.seq, value, timings, reply.block.nbytes)
+        head = inference_pb2.StreamResponse(seq=frame.seq)
+        head.result.more = reply.kind == "item"
+        if reply.kind == "item":
+            head.result.value.MergeFromString(value)
+        elif frame.request is not None:
             set_timings(head.result.timings, frame.request, reply, self._loop.time())
         head.result.data_bytes = reply.block.nbytes
-        return head, reply.block
+        return head.SerializeToString()
 
     def _say(self, message: inference_pb2.StreamResponse) -> None:
         self._control.append(message)
@@ -549,15 +654,24 @@ def deadline_of(timeout_s: float, now_s: float) -> float | None:
     return now_s + timeout_s if timeout_s else None
 
 
+def timings_of(request: Request, reply: Reply, now_s: float) -> frames.Timings:
+    """Return where the time of an answered request went."""
+    queue_s = max(0.0, request.granted_s - request.arrived_s - request.batch_wait_s)
+    server_s = now_s - request.arrived_s
+    return queue_s, request.batch_wait_s, reply.compute_s, server_s, reply.batch_size
+
+
 def set_timings(
     target: inference_pb2.Timings, request: Request, reply: Reply, now_s: float
 ) -> None:
     """Write where the time of an answered request went."""
-    target.queue_s = max(0.0, request.granted_s - request.arrived_s - request.batch_wait_s)
-    target.batch_wait_s = request.batch_wait_s
-    target.compute_s = reply.compute_s
-    target.server_s = now_s - request.arrived_s
-    target.batch_size = reply.batch_size
+    (
+        target.queue_s,
+        target.batch_wait_s,
+        target.compute_s,
+        target.server_s,
+        target.batch_size,
+    ) = timings_of(request, reply, now_s)
 
 
 def _too_long(frame: _Frame) -> InvalidRequestError:

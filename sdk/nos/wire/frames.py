@@ -1,21 +1,26 @@
 """Messages whose last field is `data`: a small header and raw bytes, joined and split without copies.
 
 Wire-compatible with the generated classes: a message made here parses there and the other way round.
-Large messages are built by one join (the only copy besides gRPC's own) and taken apart as a view.
+Messages are built by one join (the only copy besides gRPC's own) and taken apart as a view. What is the same
+in frame after frame, and in result after result, is encoded once; the rest of their headers is written here.
 """
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from nos.errors import InvalidRequestError
-from nos.wire.limits import CHUNK_BYTES, SMALL_MESSAGE_BYTES
+from nos.wire.limits import CHUNK_BYTES
 from nos.wire.v1 import inference_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+
+#: See `result_header`.
+Timings: TypeAlias = tuple[float, float, float, float, int]
 
 #: A message type that ends in `data`.
 M = TypeVar(
@@ -26,12 +31,14 @@ M = TypeVar(
     inference_pb2.RunResponse,
 )
 
-#: One of a stream.
-S = TypeVar("S", inference_pb2.StreamRequest, inference_pb2.StreamResponse)
-
 _DATA_FIELD = 15
 #: Field 15, length-delimited.
 _DATA_TAG = bytes([_DATA_FIELD << 3 | 2])
+#: `seq` of both messages of a stream, and what follows it in them: a frame or result, and a chunk.
+_SEQ_TAG, _BODY_TAG, _CHUNK = b"\x08", b"\x1a", b"\x22\x00"
+#: Of a result: its value, its timings up to the size of the batch, and `data_bytes`.
+_VALUE_TAG, _DATA_BYTES_TAG = b"\x0a", b"\x20"
+_TIMINGS = struct.Struct("<BBBdBdBdBdB")
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _MORE = 0x80
 _MAX_VARINT_BYTES = 10
@@ -45,9 +52,61 @@ def join(header: M, buffers: Sequence[Buffer], size: int) -> bytes:
         buffers: Contiguous bytes; copied once.
         size: Their total length.
     """
+    return with_data(header.SerializeToString(), buffers, size)
+
+
+def with_data(header: bytes, buffers: Sequence[Buffer], size: int) -> bytes:
+    """Append `buffers` as `data` to a serialized message; as `join`."""
     if not size:
-        return header.SerializeToString()
-    return b"".join((header.SerializeToString(), _DATA_TAG, _varint(size), *buffers))
+        return header
+    return b"".join((header, _DATA_TAG, _varint(size), *buffers))
+
+
+def request_header(seq: int, frame: bytes) -> bytes:
+    """Return the header of frame `seq`, a `StreamRequest`.
+
+    Args:
+        seq: Its number.
+        frame: The serialized `Frame`.
+    """
+    return b"".join((_SEQ_TAG, _varint(seq), _BODY_TAG, _varint(len(frame)), frame))
+
+
+def result_header(seq: int, value: bytes, timings: Timings, data_bytes: int) -> bytes:
+    """Return the header of the last result of frame `seq`, a `StreamResponse`.
+
+    Args:
+        seq: The frame's number.
+        value: The serialized `Value`.
+        timings: Seconds in the queue, waiting for a batch, in the model and at the server, and the size of
+            the batch, in the order of `Timings`.
+        data_bytes: Of the whole result.
+    """
+    queue_s, batch_wait_s, compute_s, server_s, batch_size = timings
+    count = _varint(batch_size)
+    length = _TIMINGS.size - 2 + len(count)
+    seconds = _TIMINGS.pack(
+        0x12, length, 0x09, queue_s, 0x11, batch_wait_s, 0x19, compute_s, 0x21, server_s, 0x28
+    )
+    parts = (_VALUE_TAG, _varint(len(value)), value, seconds, count, _DATA_BYTES_TAG)
+    result = b"".join((*parts, _varint(data_bytes)))
+    return b"".join((_SEQ_TAG, _varint(seq), _BODY_TAG, _varint(len(result)), result))
+
+
+def chunk_header(seq: int) -> bytes:
+    """Return the header of a chunk of frame or result `seq`."""
+    return _SEQ_TAG + _varint(seq) + _CHUNK
+
+
+def split_seq(header: bytes) -> tuple[int, bytes]:
+    """Return the number that a serialized message starts with, and the rest; (0, b"") if with none."""
+    if header[:1] != _SEQ_TAG:
+        return 0, b""
+    try:
+        seq, end = _read_varint(header, 1)
+    except _MalformedError:
+        return 0, b""
+    return seq, header[end:]
 
 
 def split(kind: type[M], raw: bytes) -> tuple[M, memoryview]:
@@ -57,21 +116,48 @@ def split(kind: type[M], raw: bytes) -> tuple[M, memoryview]:
         InvalidRequestError: If `raw` is not a message of that kind.
     """
     try:
-        if len(raw) >= SMALL_MESSAGE_BYTES:
-            start, end = _find_data(raw)
-            if end == len(raw):
-                tag_start = start - len(_varint(end - start)) - 1
-                return kind.FromString(raw[:tag_start]), memoryview(raw)[start:end]
-        message = kind.FromString(raw)
-    except Exception as error:  # protobuf's DecodeError is no stable class across its backends
-        if type(error).__name__ not in {"DecodeError", "_MalformedError"}:
-            raise
+        header, data = cut(raw)
+    except InvalidRequestError as error:
+        raise _not_a(kind, raw) from error
+    return parse(kind, header), data
+
+
+def cut(raw: bytes) -> tuple[bytes, memoryview]:
+    """Return a serialized message without its `data`, and that as a view of `raw`.
+
+    Raises:
+        InvalidRequestError: If `raw` is no message.
+    """
+    try:
+        tag, start, end = _find_data(raw)
+    except _MalformedError as error:
         raise InvalidRequestError(
-            f"the message is not a nos.v1.{kind.DESCRIPTOR.name}", got=f"{len(raw)} other bytes"
+            "the message is none of protobuf", got=f"{len(raw)} other bytes"
         ) from error
-    data = memoryview(message.data)
-    message.ClearField("data")
-    return message, data
+    if not start:
+        return raw, memoryview(b"")
+    return raw[:tag] + raw[end:], memoryview(raw)[start:end]
+
+
+def parse(kind: type[M], header: bytes) -> M:
+    """Parse a message without its `data`.
+
+    Raises:
+        InvalidRequestError: If it is not one of that kind.
+    """
+    try:
+        message = kind.FromString(header)
+    except Exception as error:  # protobuf's DecodeError is no stable class across its backends
+        if type(error).__name__ != "DecodeError":
+            raise
+        raise _not_a(kind, header) from error
+    message.ClearField("data")  # one that another followed, which is what counts
+    return message
+
+
+def _not_a(kind: type[M], raw: bytes) -> InvalidRequestError:
+    name = kind.DESCRIPTOR.name
+    return InvalidRequestError(f"the message is not a nos.v1.{name}", got=f"{len(raw)} other bytes")
 
 
 def chunked(
@@ -97,21 +183,21 @@ def chunked(
         yield group
 
 
-def pack(header: S, buffers: Sequence[Buffer], size: int) -> Iterator[bytes]:
+def pack(seq: int, header: bytes, buffers: Sequence[Buffer], size: int) -> Iterator[bytes]:
     """Yield a frame's or result's messages: `header` with as much data as goes into one, and chunks.
 
     Args:
-        header: The first message, without data; it says how many bytes follow in all.
+        seq: Its number.
+        header: The first message, serialized without data; it says how many bytes follow in all.
         buffers: Contiguous bytes; copied once.
         size: Their total length.
     """
     if size <= CHUNK_BYTES:
-        yield join(header, buffers, size)
+        yield with_data(header, buffers, size)
         return
-    seq, kind = header.seq, type(header)
     for group in chunked(buffers):
-        yield join(header, group, sum(piece.nbytes for piece in group))
-        header = kind(seq=seq, chunk=inference_pb2.Chunk())
+        yield with_data(header, group, sum(piece.nbytes for piece in group))
+        header = chunk_header(seq)
 
 
 class _MalformedError(ValueError):
@@ -119,12 +205,18 @@ class _MalformedError(ValueError):
 
 
 def _varint(value: int) -> bytes:
+    if value < _MORE:
+        return _BYTES[value]
     out = bytearray()
     while value >= _MORE:
         out.append(value & 0x7F | _MORE)
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+#: Varints of one byte.
+_BYTES = [bytes([value]) for value in range(_MORE)]
 
 
 def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
@@ -140,17 +232,23 @@ def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
     raise _MalformedError("truncated")
 
 
-def _find_data(raw: bytes) -> tuple[int, int]:
-    """Return where the last `data` field starts and ends; (0, 0) if there is none."""
-    position, found = 0, (0, 0)
-    while position < len(raw):
-        tag, position = _read_varint(raw, position)
+def _find_data(raw: bytes) -> tuple[int, int, int]:
+    """Return where the last `data` field, its content and what follows start; zeros if there is none."""
+    position, found = 0, (0, 0, 0)
+    size = len(raw)
+    while position < size:
+        start = position
+        tag = raw[position]
+        if tag < _MORE:
+            position += 1
+        else:
+            tag, position = _read_varint(raw, position)
         wire_type = tag & 7
         if wire_type == _LENGTH:
-            size, position = _read_varint(raw, position)
+            length, position = _read_varint(raw, position)
             if tag >> 3 == _DATA_FIELD:
-                found = (position, position + size)
-            position += size
+                found = (start, position, position + length)
+            position += length
         elif wire_type == _VARINT:
             _, position = _read_varint(raw, position)
         elif wire_type == _FIXED64:
@@ -159,6 +257,6 @@ def _find_data(raw: bytes) -> tuple[int, int]:
             position += 4
         else:
             raise _MalformedError(f"wire type {wire_type}")
-    if position != len(raw):
+    if position != size:
         raise _MalformedError("truncated")
     return found

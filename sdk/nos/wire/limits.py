@@ -12,10 +12,6 @@ CHUNK_BYTES = 1 << 20
 #: The largest message that either side accepts. Other writers may use larger chunks than ours.
 MESSAGE_BYTES = 16 << 20
 
-#: Header and data below this are built and parsed as one protobuf message: its copies cost less here
-#: than finding the data field by hand.
-SMALL_MESSAGE_BYTES = 16 << 10
-
 #: Data up to this goes through the socket of a local stream rather than through its shared memory: a copy
 #: of so little costs less than the bookkeeping.
 INLINE_BYTES = 4 << 10

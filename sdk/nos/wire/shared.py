@@ -27,7 +27,6 @@ from nos.wire.limits import (
     INLINE_BYTES,
     MESSAGE_BYTES,
 )
-from nos.wire.v1 import inference_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -125,30 +124,32 @@ class SharedEnd:
         self._blocks.close()
         self._incoming.release()
 
-    def pack(self, header: frames.S, buffers: Sequence[Buffer], size: int) -> Iterator[bytes]:
+    def pack(
+        self, seq: int, header: bytes, buffers: Sequence[Buffer], size: int
+    ) -> Iterator[bytes]:
         """Yield what to send, in order; the bytes are copied before the first is yielded, or as chunks.
 
         Args:
-            header: The message, without data; a frame or result says in it how many bytes it has.
+            seq: Number of the frame or result.
+            header: The message, serialized without data; a frame or result says in it how many bytes it has.
             buffers: Its data, whole.
             size: Their total length.
         """
         if size <= INLINE_BYTES:
-            yield self._frame(frames.join(header, buffers, size))
+            yield self._frame(frames.with_data(header, buffers, size))
             return
         offset = self._blocks.put(buffers, size)
         if offset is not None:
-            yield self._frame(header.SerializeToString(), offset, size)
+            yield self._frame(header, offset, size)
             return
-        seq, kind = header.seq, type(header)
         for group in frames.chunked(buffers):
             piece_bytes = sum(piece.nbytes for piece in group)
             offset = self._blocks.put(group, piece_bytes)
             if offset is not None:
-                yield self._frame(header.SerializeToString(), offset, piece_bytes)
+                yield self._frame(header, offset, piece_bytes)
             else:
-                yield self._frame(frames.join(header, group, piece_bytes))
-            header = kind(seq=seq, chunk=inference_pb2.Chunk())
+                yield self._frame(frames.with_data(header, group, piece_bytes))
+            header = frames.chunk_header(seq)
 
     def wrap(self, message: bytes) -> bytes:
         """Return what to send for a message that is about the stream, or has its data in it."""
@@ -164,19 +165,22 @@ class SharedEnd:
             return None
         return self._frame(b"")
 
-    def feed(self, data: bytes, kind: type[frames.S]) -> Iterator[tuple[frames.S, memoryview]]:
-        """Take bytes from the socket and yield the messages that are complete.
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+        """Take bytes from the socket; yield each message that is complete, serialized, and its data.
 
         The data of one message is the peer's again when the next is asked for: copy it before.
 
         Raises:
             InvalidRequestError: If they make no sense; nothing that follows does then.
         """
-        received = self._received
-        received += data
-        at = 0
+        pending = self._received
+        received: bytes | bytearray = data
+        if pending:
+            pending += data
+            received = pending
+        at, num_bytes = 0, len(received)
         try:
-            while len(received) - at >= HEAD.size:
+            while num_bytes - at >= HEAD.size:
                 size, num_freed, offset, block_bytes = HEAD.unpack_from(received, at)
                 if size > MESSAGE_BYTES + _SLACK_BYTES:
                     raise InvalidRequestError(
@@ -185,12 +189,11 @@ class SharedEnd:
                         got=str(size),
                     )
                 end = at + HEAD.size + size
-                if len(received) < end:
+                if num_bytes < end:
                     break
                 self._blocks.free_until(num_freed)
                 if size:
-                    raw = bytes(memoryview(received)[at + HEAD.size : end])
-                    yield self._open(raw, kind, offset, block_bytes)
+                    yield self._open(bytes(received[at + HEAD.size : end]), offset, block_bytes)
                     if offset != INLINE:
                         self._num_read += 1
                         self._untold_bytes += block_bytes
@@ -198,14 +201,14 @@ class SharedEnd:
                     self.is_finished = True
                 at = end
         finally:
-            del received[:at]
+            if received is pending:
+                del pending[:at]
+            elif at < num_bytes:
+                pending += data[at:]
 
-    def _open(
-        self, raw: bytes, kind: type[frames.S], offset: int, size: int
-    ) -> tuple[frames.S, memoryview]:
-        message, data = frames.split(kind, raw)
+    def _open(self, raw: bytes, offset: int, size: int) -> tuple[bytes, memoryview]:
         if offset == INLINE:
-            return message, data
+            return frames.cut(raw)
         if offset + size > self._incoming.nbytes:
             raise InvalidRequestError(
                 "the block is not in the shared memory",
@@ -213,7 +216,7 @@ class SharedEnd:
                 f"within {self._incoming.nbytes} bytes",
                 f"{size} bytes at {offset}",
             )
-        return message, self._incoming[offset : offset + size]
+        return raw, self._incoming[offset : offset + size]
 
     def _frame(self, message: bytes, offset: int = INLINE, size: int = 0) -> bytes:
         self._num_told, self._untold_bytes = self._num_read, 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -119,6 +119,20 @@ def write(
             write(item, member.value, payload, f"{where}[{key!r}]", depth + 1)
     else:
         _write_foreign(value, target, payload, where)
+
+
+def is_plain(array: np.ndarray[Any, Any]) -> bool:
+    """Return whether an array's bytes travel as they lie: some, row-major and little-endian."""
+    return bool(array.size and array.flags.c_contiguous and array.dtype.str[0] != ">")
+
+
+def write_arrays(arrays: Iterable[np.ndarray[Any, Any]]) -> Payload:
+    """Return the payload of plain arrays of which `write` accepted some of the same shapes and dtypes."""
+    payload = Payload()
+    for array in arrays:
+        flat: Any = array.reshape(-1)
+        payload.add(memoryview(flat.view(np.uint8)), array.nbytes)
+    return payload
 
 
 def read(node: values_pb2.Value, data: memoryview, *, copy: bool = True) -> Any:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from nos_backend.executor.messages import (
     Decoder,
     MalformedError,
+    ShortCall,
+    ShortResult,
     check_block,
     check_node,
     encode,
@@ -26,6 +28,25 @@ def test_messages_survive_any_cut_of_the_stream(messages: list[dict[str, Any]], 
         for message in decoder.feed(raw[start : start + step])
     ]
     assert seen == messages
+
+
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**64 - 1), max_size=5), st.binary())
+def test_short_messages_come_out_as_they_went_in(
+    number: int, freed: list[int], node: bytes
+) -> None:
+    call = ShortCall(number, 3, number, 9, freed)
+    result = ShortResult(number, 64, 9, 0.25, True, node)
+    assert Decoder().feed(call.encode() + encode({}) + result.encode()) == [call, {}, result]
+
+
+@pytest.mark.parametrize(
+    "raw", [ShortCall(1, 2, 0, 0, [64]).encode(), ShortResult(1, 0, 9, 0.0, False, b"1").encode()]
+)
+@pytest.mark.parametrize("num_missing", [8, 12, 30])
+def test_a_short_message_that_was_cut_is_refused(raw: bytes, num_missing: int) -> None:
+    body = raw[4:-num_missing]
+    with pytest.raises(MalformedError):
+        Decoder().feed(struct.pack("<I", len(body)) + body)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"no", b"1", b"\xff", b"[" * 100_000])

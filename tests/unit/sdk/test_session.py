@@ -21,7 +21,10 @@ LOSS = UnavailableError("gone")
 
 def outgoing(*args, timeout_s=0.0):
     nodes, payload = values.write_arguments([("", arg) for arg in args])
-    return Outgoing("__call__", nodes, payload, timeout_s)
+    frame = inference_pb2.Frame(
+        method="__call__", arguments=nodes, timeout_s=timeout_s, data_bytes=payload.size
+    )
+    return Outgoing(frame.SerializeToString(), payload)
 
 
 def welcome(frames=16, size=64 << 20, version=1):

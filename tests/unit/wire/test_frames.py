@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nos.errors import InvalidRequestError
 from nos.wire import frames
-from nos.wire.v1 import inference_pb2
+from nos.wire.v1 import inference_pb2, values_pb2
 
 SIZES = [0, 1, 127, 128, 16_383, 16_384, 100_000, 1 << 20]
 
@@ -53,3 +53,28 @@ def test_chunks_hold_the_same_bytes(buffers, chunk_bytes):
     assert b"".join(groups) == b"".join(buffers)
     assert all(len(group) == chunk_bytes for group in groups[:-1])
     assert all(groups)
+
+
+@given(st.integers(1, 2**64 - 1), st.integers(0, 2**40), st.integers(1, 300))
+def test_headers_written_by_hand_are_those_of_stubs(seq, data_bytes, batch_size):
+    value = values_pb2.Value(text="x" * batch_size)
+    header = frames.result_header(
+        seq, value.SerializeToString(), (0.25, 0.0, 1e-9, 2.0, batch_size), data_bytes
+    )
+    timings = inference_pb2.Timings(
+        queue_s=0.25, compute_s=1e-9, server_s=2.0, batch_size=batch_size
+    )
+    result = inference_pb2.Result(value=value, timings=timings, data_bytes=data_bytes)
+    assert frames.parse(inference_pb2.StreamResponse, header) == inference_pb2.StreamResponse(
+        seq=seq, result=result
+    )
+    frame = inference_pb2.Frame(method="m", data_bytes=data_bytes)
+    request = inference_pb2.StreamRequest(seq=seq, frame=frame)
+    assert frames.request_header(seq, frame.SerializeToString()) == request.SerializeToString()
+    chunk = inference_pb2.StreamResponse(seq=seq, chunk=inference_pb2.Chunk())
+    assert frames.chunk_header(seq) == chunk.SerializeToString()
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x08", b"\x08\x80", b"\x1a\x00", b"\x10\x01"])
+def test_a_message_that_starts_with_no_number_has_none(raw):
+    assert frames.split_seq(raw) == (0, b"")
