@@ -27,6 +27,9 @@ class FakeCluster:
         self.loads = []
         self.loaded = {}
         self.revoked = []
+        #: Limits by key.
+        self.scaled = {}
+        self.retired = []
         self.load_s = 0.0
         #: Raised by every load while set.
         self.failure: NosError | None = None
@@ -41,7 +44,13 @@ class FakeCluster:
             raise self.failure
         self.loaded[definition.key] = definition
         self.tell("loaded", definition.key)
-        return Placement(worker="fake-0", address=self.worker_address)
+        return [Placement(worker="fake-0", address=self.worker_address)]
+
+    async def scale(self, definition, min_replicas, max_replicas):
+        self.scaled[definition.key] = min_replicas, max_replicas
+
+    async def retire(self, names):
+        self.retired += names
 
     async def revoke(self, token_id):
         self.revoked.append(token_id)
@@ -77,8 +86,19 @@ class FakeCluster:
             "capacity_bytes": 1 << 30,
             "status": {"used_bytes": 1000 * len(models), "models": models},
         }
-        placed = {key: {"state": "loaded", "worker": "fake-0"} for key in self.loaded}
-        return {"workers": [worker], "models": placed}
+        placed = {
+            key: {
+                "state": "loaded",
+                "replicas": {"fake-0": "serving"},
+                "min_replicas": self.scaled.get(key, (0, 1))[0],
+                "max_replicas": self.scaled.get(key, (0, 1))[1],
+                "target": 1,
+                "why": "a request came",
+                "pending": "",
+            }
+            for key in self.loaded
+        }
+        return {"workers": [worker], "models": placed, "num_wanted_workers": 1}
 
     def subscribe(self, callback):
         self._callbacks.append(callback)

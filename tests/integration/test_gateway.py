@@ -382,9 +382,23 @@ async def test_deleted_model_is_unloaded_and_gone(gateway):
         await gateway.models.GetModelInfo(request, metadata=ADMIN)
 
 
-async def test_more_than_one_replica_is_not_offered(gateway):
-    request = models_pb2.ScaleModelRequest(model=MODEL, min_replicas=2, max_replicas=2)
-    with raises(errors.UnimplementedError, "one replica"):
+async def test_a_number_of_replicas_reaches_the_cluster(gateway):
+    request = models_pb2.ScaleModelRequest(model=MODEL, min_replicas=2, max_replicas=3)
+    await gateway.models.ScaleModel(request, metadata=ADMIN)
+    assert list(gateway.cluster.scaled.values()) == [(2, 3)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(2, 1), (0, 0), (0, 100_000)])
+async def test_numbers_of_replicas_that_make_no_sense_are_refused(gateway, low, high):
+    request = models_pb2.ScaleModelRequest(model=MODEL, min_replicas=low, max_replicas=high)
+    with raises(errors.InvalidRequestError, f"got {low} to {high}"):
+        await gateway.models.ScaleModel(request, metadata=ADMIN)
+    assert not gateway.cluster.scaled
+
+
+async def test_scaling_an_unknown_model_is_refused(gateway):
+    request = models_pb2.ScaleModelRequest(model="nobody", min_replicas=1, max_replicas=1)
+    with raises(errors.ModelNotFoundError):
         await gateway.models.ScaleModel(request, metadata=ADMIN)
 
 

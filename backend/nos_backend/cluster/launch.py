@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Final, Self
+
+from nos.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from nos_backend.cluster.certificates import TlsFiles
@@ -53,6 +56,41 @@ _NUM_TASK_THREADS: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlaneSettings:
+    """What the plane is told by its scheduler's environment."""
+
+    drain_s: float = 30.0
+    """How long streams may stay on a replica that is to leave; what they sent is answered all the same.
+    `NOS_PLANE_DRAIN_S`."""
+    scale_down_s: float = 60.0
+    """How long replicas must have been too many before one leaves. `NOS_PLANE_SCALE_DOWN_S`."""
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+        """Read the `NOS_PLANE_` variables; what is missing or empty has its default.
+
+        Raises:
+            ConfigError: If one is not a number of seconds.
+        """
+        values = {}
+        for item in fields(cls):
+            variable = f"NOS_PLANE_{item.name.upper()}"
+            if text := environ.get(variable, ""):
+                try:
+                    values[item.name] = float(text)
+                except ValueError:
+                    wanted = "a number of seconds"
+                    raise ConfigError(f"bad {variable}", item.name, wanted, repr(text)) from None
+        return cls(**values)
+
+    def to_environ(self) -> dict[str, str]:
+        """Return the variables that `from_environ` reads."""
+        return {
+            f"NOS_PLANE_{item.name.upper()}": str(getattr(self, item.name)) for item in fields(self)
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """A process to start."""
 
@@ -62,7 +100,14 @@ class Command:
     """Variables to add to the supervisor's own."""
 
 
-def scheduler_command(*, host: str, port: int, dashboard_port: int, tls: TlsFiles) -> Command:
+def scheduler_command(
+    *,
+    host: str,
+    port: int,
+    dashboard_port: int,
+    tls: TlsFiles,
+    settings: PlaneSettings | None = None,
+) -> Command:
     """Return the Dask scheduler with the ServePlane, its dashboard on loopback."""
     arguments = [
         *(sys.executable, "-m", "distributed.cli.dask_scheduler"),
@@ -71,7 +116,8 @@ def scheduler_command(*, host: str, port: int, dashboard_port: int, tls: TlsFile
         *("--preload", "nos_backend.cluster.preload"),
         *tls.to_flags(),
     ]
-    return Command(arguments=arguments, environ=dict(DASK_SETTINGS))
+    environ = {**DASK_SETTINGS, **(settings or PlaneSettings()).to_environ()}
+    return Command(arguments=arguments, environ=environ)
 
 
 def worker_command(

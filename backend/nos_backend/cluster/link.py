@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from distributed import Client, Security
@@ -44,6 +44,19 @@ class Placement:
     """Where it listens for clients of its host; empty if nowhere."""
     host_id: str = ""
     """Names its host and that host's boot."""
+    num_pending: int = field(default=0, compare=False)
+    """Calls that waited or ran on its worker when last heard of."""
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """What the plane is asked again after it was lost."""
+
+    definition: ModelDefinition
+    #: Whether it answered.
+    is_loaded: bool = False
+    #: The fewest and most replicas; None if nobody said.
+    limits: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +66,8 @@ class ClusterEvent:
     time_s: float
     """When, in seconds since 1970, by the scheduler's clock."""
     kind: str
-    """`worker-joined`, `worker-lost`, `loading`, `loaded`, `unloaded`, `failed`, `executor-lost`."""
+    """`worker-joined`, `worker-lost`, `worker-retiring`, `worker-retired`, `loading`, `loaded`, `unloaded`,
+    `failed`, `executor-lost`, `scaled`, `draining`, `replicas` (a model's replicas are others now)."""
     model: str = ""
     """The model's key, `name@v3`; may be empty."""
     worker: str = ""
@@ -90,7 +104,7 @@ class ClusterLink:
         #: Tokens to be refused, to say so again after the scheduler was lost.
         self._revoked: list[str] = []
         #: What was asked for, by key, to ask again after the scheduler was lost.
-        self._wanted: dict[str, ModelDefinition] = {}
+        self._wanted: dict[str, _Wanted] = {}
         self._callbacks: dict[object, Callable[[ClusterEvent], None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -157,8 +171,11 @@ class ClusterLink:
         self._revoked.append(token_id)
         await self._ask("nos_revoke", token_ids=[token_id])
 
-    async def load(self, definition: ModelDefinition) -> Placement:
+    async def load(self, definition: ModelDefinition) -> list[Placement]:
         """Place a model and wait until it answers; at once if it already does.
+
+        Returns:
+            All its replicas that answer, the least loaded first.
 
         Raises:
             LoadError: If it cannot be loaded.
@@ -166,13 +183,45 @@ class ClusterLink:
             UnavailableError: If there is no worker, or the scheduler does not answer.
         """
         reply = await self._ask("nos_load", definition=definition.to_dict())
-        self._wanted[definition.key] = definition
-        return Placement(
-            worker=str(reply["worker"]),
-            address=str(reply["address"]),
-            unix_socket=str(reply.get("unix_socket", "")),
-            host_id=str(reply.get("host_id", "")),
+        wanted = self._wanted.setdefault(definition.key, _Wanted(definition))
+        wanted.definition, wanted.is_loaded = definition, True
+        return [
+            Placement(
+                worker=str(replica["worker"]),
+                address=str(replica["address"]),
+                unix_socket=str(replica["unix_socket"]),
+                host_id=str(replica["host_id"]),
+                num_pending=int(replica["num_pending"]),
+            )
+            for replica in reply["replicas"]
+        ]
+
+    async def scale(
+        self, definition: ModelDefinition, min_replicas: int, max_replicas: int
+    ) -> None:
+        """Say how many replicas a model may have; the plane sees to it from then on.
+
+        Raises:
+            UnavailableError: If the scheduler does not answer.
+        """
+        await self._ask(
+            "nos_scale",
+            definition=definition.to_dict(),
+            min_replicas=min_replicas,
+            max_replicas=max_replicas,
         )
+        wanted = self._wanted.setdefault(definition.key, _Wanted(definition))
+        wanted.limits = (min_replicas, max_replicas)
+
+    async def retire(self, names: list[str]) -> None:
+        """Have workers leave, each once what it serves is served elsewhere.
+
+        Raises:
+            InvalidRequestError: If there is no such worker, or a model could not have the replicas that
+                were asked for.
+            UnavailableError: If the scheduler does not answer.
+        """
+        await self._ask("nos_retire", names=names)
 
     async def unload(self, key: str) -> None:
         """Take a model off every worker, after its work in flight; nothing happens if it is on none.
@@ -200,9 +249,13 @@ class ClusterLink:
 
         ::
 
-            {"workers": [{"name", "address", "pid", "device", "product", "capacity_bytes", "status"}],
-             "models": {key: {"state": "waiting" | "loading" | "loaded" | "failed",
-                              "worker": name, "error": bytes (a nos.v1.Error) }}}
+            {"workers": [{"name", "address", "pid", "device", "product", "capacity_bytes", "status",
+                          "is_retiring"}],
+             "models": {key: {"state": "idle" | "waiting" | "loading" | "loaded" | "failed",
+                              "replicas": {worker's name: "loading" | "serving" | "draining"},
+                              "min_replicas", "max_replicas", "target", "why", "pending": text,
+                              "error": bytes (a nos.v1.Error) }},
+             "num_wanted_workers": how many the models need}
 
         A worker's `status` is its `ModelManager.status()`, about a second old.
 
@@ -294,18 +347,21 @@ class ClusterLink:
             await self._ask("nos_revoke", token_ids=self._revoked)
         if self._public_key:
             await self._ask("nos_keys", public_key=self._public_key)
-        for definition in list(self._wanted.values()):
-            task = asyncio.create_task(self._reload(definition))
+        for wanted in list(self._wanted.values()):
+            task = asyncio.create_task(self._reload(wanted))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self.on_reconnected is not None:
             await self.on_reconnected()
 
-    async def _reload(self, definition: ModelDefinition) -> None:
+    async def _reload(self, wanted: _Wanted) -> None:
         try:
-            await self.load(definition)
+            if wanted.limits is not None:
+                await self.scale(wanted.definition, *wanted.limits)
+            if wanted.is_loaded:
+                await self.load(wanted.definition)
         except NosError as error:
-            _logger.warning("model %s was not loaded again: %s", definition.key, error)
+            _logger.warning("model %s was not loaded again: %s", wanted.definition.key, error)
 
     async def _drop(self) -> None:
         client, self._client = self._client, None

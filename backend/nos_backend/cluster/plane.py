@@ -1,29 +1,33 @@
-"""The scheduler's part: which models are wanted, where each is, and the commands that make it so.
+"""The scheduler's part: a shell that feeds `Reconciler` and `Autoscaler` and carries out what they decide.
 
 Everything runs on the scheduler's loop, so state changes between two awaits are atomic. The plane can be
-lost: a worker tells a new one what it has loaded, and the gateway's link asks again for what it wants.
-
-::
-
-    waiting --a worker suits--> loading --it answers--> loaded
-       ^                           |    --it refuses--> failed
-       `------its worker is lost---+---------------------'
+lost: the gateway's link asks again for what it wants.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
+import os
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 from nos.errors import Reason
 from nos.wire.v1 import errors_pb2, models_pb2
 
-from nos_backend.scheduling.placement import Refusal, WorkerLoad, choose_worker
+from nos_backend.cluster.launch import PlaneSettings
+from nos_backend.scheduling.autoscaling import Autoscaler, Sample
+from nos_backend.scheduling.placement import Refusal, WorkerLoad
+from nos_backend.scheduling.reconcile import (
+    Drain,
+    Failure,
+    Load,
+    Model,
+    Phase,
+    Reconciler,
+    Retired,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -38,40 +42,8 @@ TOPIC: Final = "nos"
 
 #: How long a load waits for a worker that is on its way: a lost one is back after about 2 s.
 _WORKER_WAIT_S: Final = 20.0
-#: Workers lost while they loaded one model, before the model is taken for the cause.
-_MAX_LOST_LOADS: Final = 2
-
-
-class _State(enum.StrEnum):
-    WAITING = "waiting"
-    LOADING = "loading"
-    LOADED = "loaded"
-    FAILED = "failed"
-
-
-@dataclass(slots=True)
-class _Model:
-    """A wanted model."""
-
-    definition: dict[str, Any]
-    device: str
-    need_bytes: int
-    state: _State = _State.WAITING
-    #: The Dask address of its worker; empty unless loading or loaded.
-    address: str = ""
-    #: A serialized `nos.v1.Error`; empty unless failed.
-    error: bytes = b""
-    #: Workers that died while they loaded it.
-    num_lost_loads: int = 0
-    #: Set whenever `state` is loaded or failed.
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def move(self, state: _State, *, address: str = "", error: bytes = b"") -> None:
-        self.state, self.address, self.error = state, address, error
-        if state in (_State.LOADED, _State.FAILED):
-            self.settled.set()
-        else:
-            self.settled.clear()
+#: How often measurements are looked at; workers send theirs twice a second.
+_TICK_S: Final = 0.5
 
 
 class ServePlane(SchedulerPlugin):
@@ -80,18 +52,25 @@ class ServePlane(SchedulerPlugin):
     name = "nos-plane"
     idempotent = True
 
-    def __init__(self) -> None:
+    def __init__(self, settings: PlaneSettings | None = None) -> None:
         self._scheduler: Scheduler
-        #: Wanted models by key.
-        self._models: dict[str, _Model] = {}
+        self._settings = settings or PlaneSettings.from_environ(os.environ)
+        self._reconciler = Reconciler()
+        self._autoscaler = Autoscaler(self._settings.scale_down_s)
+        #: As the gateway gave them, by key; of every model of the reconciler.
+        self._definitions: dict[str, dict[str, Any]] = {}
         #: Names by address of the workers that may be given models: connected, and told the public key.
         self._ready: dict[str, str] = {}
+        #: Set and replaced whenever something was decided or heard.
+        self._changed = asyncio.Event()
         #: Verifies tickets; empty until the gateway sent it.
         self._public_key = b""
         #: Tokens whose tickets every worker refuses, those to come included.
         self._revoked: list[str] = []
         #: Keeps tasks alive until they end.
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Dask's own idea of how many workers its tasks need.
+        self._stock_target: Any = None
 
     async def start(self, scheduler: Scheduler) -> None:
         """Add the handlers that the gateway calls, and greet the workers that came before."""
@@ -100,10 +79,17 @@ class ServePlane(SchedulerPlugin):
         scheduler.handlers["nos_revoke"] = self.revoke
         scheduler.handlers["nos_load"] = self.load
         scheduler.handlers["nos_unload"] = self.unload
+        scheduler.handlers["nos_scale"] = self.scale
+        scheduler.handlers["nos_retire"] = self.retire
         scheduler.handlers["nos_state"] = self.state
         scheduler.handlers["nos_logs"] = self.logs
+        self._stock_target = scheduler.adaptive_target
+        # Both: `cluster.adapt()` in this process asks the method, everybody else the handler.
+        scheduler.adaptive_target = self.adaptive_target  # type: ignore[method-assign]
+        scheduler.handlers["adaptive_target"] = self.adaptive_target
         for address in self._serving():
             self._spawn(self._welcome(address))
+        self._spawn(self._watch())
 
     # Handlers: called by the gateway's link through a Dask comm; plain containers in and out.
 
@@ -124,46 +110,84 @@ class ServePlane(SchedulerPlugin):
         return {"num_workers": sum("error" not in reply for reply in replies)}
 
     async def load(self, definition: dict[str, Any]) -> dict[str, Any]:
-        """Place a model, wait until it answers, and say where; or say why not."""
-        key = f"{definition['name']}@v{definition['version']}"
-        model = self._models.get(key)
-        if model is None or model.state is _State.FAILED:
-            model = self._models[key] = _new_model(definition)
-        elif model.definition != definition:
+        """Have a replica of a model at least, wait until it answers, and say where; or say why not."""
+        before = self._definitions.get(_key(definition))
+        key, device, need_bytes = self._take(definition)
+        model = self._reconciler.want(key, device, need_bytes)
+        if before is not None and before != definition:
             # Another option of the same version, for instance that it is pinned.
-            model.definition = definition
-            if model.state is _State.LOADED:
-                await self._command(model.address, "nos_load", definition=definition)
-        if model.state is _State.WAITING:
-            refusal = self._place(key, model)
-            if refusal in (Refusal.NO_DEVICE, Refusal.NO_ROOM):
-                del self._models[key]
-                return {"error": self._refused(key, model, refusal)}
+            for address in model.serving:
+                await self._command(address, "nos_load", definition=definition)
+        self._autoscaler.asked(key, time.monotonic())
+        self._reconcile()
         deadline = time.monotonic() + _WORKER_WAIT_S
-        while not model.settled.is_set():
+        while not model.serving:
+            if model.failure is not None:
+                return {"error": self._failed(model.failure)}
+            if self._reconciler.models.get(key) is not model:
+                message = f"model {key!r} was unloaded before it was loaded"
+                return {"error": _error(Reason.CANCELLED, message)}
+            is_waiting = not model.replicas
+            if is_waiting and model.pending in (Refusal.NO_DEVICE, Refusal.NO_ROOM):
+                if model.min_replicas == 0:
+                    self._forget(key)
+                return {"error": self._refused(key, model)}
+            if is_waiting and time.monotonic() > deadline:
+                return {"error": self._refused(key, model)}
             # Loading has a limit of its own, in the worker; waiting for a worker has this one.
-            try:
-                await asyncio.wait_for(model.settled.wait(), 1.0)
-            except TimeoutError:
-                if model.state is _State.WAITING and time.monotonic() > deadline:
-                    return {"error": self._refused(key, model, Refusal.NO_WORKER)}
-        if model.state is _State.FAILED:
-            return {"error": model.error}
-        return {"worker": self._ready[model.address], **self._endpoint(model.address)}
+            await self._await_change()
+        return {"replicas": self._endpoints(key, model)}
 
     async def unload(self, key: str) -> dict[str, Any]:
         """Forget a model and take it off every worker that has it."""
-        model = self._models.pop(key, None)
-        holders = {load.address for load in self._loads() if key in load.keys}
+        model = self._forget(key)
+        holders = {
+            address for address, load in self._reconciler.workers.items() if key in load.keys
+        }
         if model is not None:
-            holders |= {model.address} & self._ready.keys()
-            if not model.settled.is_set():
-                message = f"model {key!r} was unloaded before it was loaded"
-                model.move(_State.FAILED, error=_error(Reason.CANCELLED, message))
+            holders |= model.replicas.keys() & self._ready.keys()
+        self._tell("replicas", model=key)
+        self._wake()
         replies = await asyncio.gather(
             *(self._command(address, "nos_unload", key=key) for address in holders)
         )
         return next((reply for reply in replies if "error" in reply), {})
+
+    async def scale(
+        self, definition: dict[str, Any], min_replicas: int, max_replicas: int
+    ) -> dict[str, Any]:
+        """Set how many replicas a model may have; returns at once."""
+        key, device, need_bytes = self._take(definition)
+        model = self._reconciler.scale(
+            key, device, need_bytes, min_replicas=min_replicas, max_replicas=max_replicas
+        )
+        self._tell_target(key, model)
+        self._reconcile()
+        return {}
+
+    async def retire(self, names: list[str]) -> dict[str, Any]:
+        """Have workers drained, then ended by Dask; returns at once."""
+        addresses = [address for address, name in self._ready.items() if name in names]
+        unknown = set(names) - {self._ready[address] for address in addresses}
+        if unknown:
+            known = ", ".join(sorted(self._ready.values()))
+            message = "there is no such worker"
+            return {
+                "error": _error(
+                    Reason.INVALID_REQUEST, message, f"one of {known}", ", ".join(sorted(unknown))
+                )
+            }
+        pinned = self._reconciler.pinned([*addresses, *self._reconciler.retiring])
+        if pinned:
+            key, least = next(iter(pinned.items()))
+            message = f"{key} must have {least} replicas, which need a worker each"
+            hint = f"Scale {key.partition('@')[0]} down first"
+            return {"error": _error(Reason.INVALID_REQUEST, message, hint=hint)}
+        for address in addresses:
+            self._tell("worker-retiring", name=self._ready[address])
+        self._reconciler.retire(addresses)
+        self._reconcile()
+        return {}
 
     async def logs(self, key: str, max_lines: int) -> dict[str, Any]:
         """Return the last lines that a model printed, by worker; also where it is no longer."""
@@ -181,18 +205,39 @@ class ServePlane(SchedulerPlugin):
                 **_plain(self._scheduler.workers[address].extra.get("nos")),
                 "name": str(self._scheduler.workers[address].name),
                 "status": _plain(self._scheduler.workers[address].metrics.get("nos")),
+                "is_retiring": address in self._reconciler.retiring,
             }
             for address in self._serving()
         ]
-        models = {
-            key: {
-                "state": str(model.state),
-                "worker": self._ready.get(model.address, ""),
-                "error": model.error,
-            }
-            for key, model in self._models.items()
+        models = {key: self._model_state(model) for key, model in self._reconciler.models.items()}
+        return {
+            "workers": sorted(workers, key=lambda worker: worker["name"]),
+            "models": models,
+            "num_wanted_workers": self._num_wanted_workers(),
         }
-        return {"workers": sorted(workers, key=lambda worker: worker["name"]), "models": models}
+
+    def _model_state(self, model: Model) -> dict[str, Any]:
+        replicas = {
+            self._ready[address]: str(phase)
+            for address, phase in model.replicas.items()
+            if address in self._ready
+        }
+        failure = model.failure
+        return {
+            "state": model.state,
+            "replicas": replicas,
+            "min_replicas": model.min_replicas,
+            "max_replicas": model.max_replicas,
+            "target": model.target,
+            "why": model.why,
+            "pending": _reason(model),
+            "error": self._failed(failure) if failure is not None else b"",
+        }
+
+    def adaptive_target(self, target_duration: Any = None) -> int:
+        """Return how many workers there should be, for Dask's tasks or for the models."""
+        stock = self._stock_target(target_duration) if self._stock_target else 0
+        return max(int(stock), self._num_wanted_workers())
 
     # Events of the scheduler: synchronous, short, and never raising.
 
@@ -208,6 +253,17 @@ class ServePlane(SchedulerPlugin):
         except Exception:
             _logger.exception("could not re-place the models of %s", worker)
 
+    def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[Any]) -> list[Any]:
+        """Keep Dask from closing workers that serve: only those without a replica and a stream may go."""
+        held = {address for model in self._reconciler.models.values() for address in model.replicas}
+        busy = ("num_streams", "num_running", "num_queued")
+        return [
+            worker
+            for worker in workers
+            if worker.address not in held
+            and not any(_plain(worker.metrics.get("nos")).get(name) for name in busy)
+        ]
+
     async def close(self) -> None:
         """End what is under way."""
         for task in list(self._tasks):
@@ -220,6 +276,7 @@ class ServePlane(SchedulerPlugin):
             return
         name = str(self._scheduler.workers[address].name)
         self._ready[address] = name
+        self._reconciler.joined(self._load_of(address), time.monotonic())
         self._tell("worker-joined", name=name)
         self._reconcile()
 
@@ -237,46 +294,103 @@ class ServePlane(SchedulerPlugin):
         if name is None:
             return
         self._tell("worker-lost", name=name)
-        for key, model in self._models.items():
-            if model.address == address:
-                self._displace(key, model)
+        for key in self._reconciler.lost(address, time.monotonic()):
+            self._tell_failure(key)
         self._reconcile()
 
-    def _displace(self, key: str, model: _Model) -> None:
-        model.num_lost_loads += model.state is _State.LOADING
-        if model.num_lost_loads < _MAX_LOST_LOADS:
-            model.move(_State.WAITING)
-            return
-        message = f"{model.num_lost_loads} workers ended while they loaded model {key!r}"
-        model.move(_State.FAILED, error=_error(Reason.LOAD_FAILED, message))
-        self._tell("failed", model=key, message=message)
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            for address in self._ready:
+                if address in self._scheduler.workers:
+                    self._reconciler.observed(self._load_of(address))
+            self._scale_by_load()
+            self._reconcile()
+
+    def _scale_by_load(self) -> None:
+        now_s = time.monotonic()
+        stands = self._stands()
+        for key, model in self._reconciler.models.items():
+            if model.failure is not None or model.target == 0 or not model.is_elastic:
+                continue
+            found = [stands[address, key] for address in model.replicas if (address, key) in stands]
+            sample = Sample(
+                num_pending=sum(item["num_pending"] for item in found),
+                num_busy=sum(item["num_pending"] > 0 for item in found),
+                num_answered=sum(item["num_answered"] for item in found),
+                num_serving=model.count(Phase.SERVING),
+            )
+            aim = self._autoscaler.observe(
+                key,
+                sample,
+                now_s,
+                low=model.min_replicas,
+                high=model.max_replicas,
+                target=model.target,
+            )
+            if aim is not None:
+                self._reconciler.aim(key, aim.target, aim.why)
+                self._tell_target(key, model)
+
+    def _stands(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Return what each worker said last of each of its models."""
+        return {
+            (address, str(item["key"])): item
+            for address in self._ready
+            if address in self._scheduler.workers
+            for item in self._status(address).get("models", ())
+        }
 
     def _reconcile(self) -> None:
-        for key, model in self._models.items():
-            if model.state is _State.WAITING:
-                self._place(key, model)
+        for command in self._reconciler.step():
+            match command:
+                case Load(key, address):
+                    self._spawn(self._load(key, address))
+                case Drain(key, address, reason):
+                    self._spawn(self._drain(key, address, reason))
+                case Retired(address):
+                    self._spawn(self._end(address))
+        self._wake()
 
-    def _place(self, key: str, model: _Model) -> Refusal | None:
-        choice = choose_worker(key, model.device, model.need_bytes, self._loads())
-        if isinstance(choice, Refusal):
-            return choice
-        model.move(_State.LOADING, address=choice.address)
-        self._spawn(self._load(key, model, choice.address))
-        return None
-
-    async def _load(self, key: str, model: _Model, address: str) -> None:
-        reply = await self._command(address, "nos_load", definition=model.definition)
-        is_current = self._models.get(key) is model and model.address == address
-        if not is_current or model.state is not _State.LOADING:
-            return
+    async def _load(self, key: str, address: str) -> None:
+        reply = await self._command(address, "nos_load", definition=self._definitions[key])
         if reply.get("lost"):
-            self._displace(key, model)
-            self._reconcile()
+            if self._reconciler.load_lost(key, address):
+                self._tell_failure(key)
         elif "error" in reply:
-            model.move(_State.FAILED, error=reply["error"])
-        else:
-            model.num_lost_loads = 0
-            model.move(_State.LOADED, address=address)
+            said = errors_pb2.Error.FromString(reply["error"])
+            if self._reconciler.refused(key, address, Failure(said.message, reply["error"])):
+                self._wake()
+        elif self._reconciler.loaded(key, address):
+            self._tell("replicas", model=key, name=self._ready.get(address, ""))
+        self._reconcile()
+
+    async def _drain(self, key: str, address: str, reason: str) -> None:
+        name = self._ready.get(address, "")
+        self._tell("draining", name=name, model=key, message=reason)
+        await self._command(address, "nos_unload", key=key, budget_s=self._settings.drain_s)
+        self._reconciler.drained(key, address)
+        self._reconcile()
+
+    async def _end(self, address: str) -> None:
+        self._tell("worker-retired", name=self._ready.get(address, ""))
+        await self._scheduler.retire_workers(workers=[address], close_workers=True, remove=True)
+
+    def _take(self, definition: dict[str, Any]) -> tuple[str, str, int]:
+        key = _key(definition)
+        self._definitions[key] = definition
+        spec = models_pb2.ModelSpec.FromString(definition.get("spec") or b"")
+        return key, str(definition.get("device") or "auto"), spec.weight_bytes
+
+    def _forget(self, key: str) -> Model | None:
+        self._definitions.pop(key, None)
+        self._autoscaler.forget(key)
+        return self._reconciler.forget(key)
+
+    def _num_wanted_workers(self) -> int:
+        """Return how many workers the models need: one for each replica of the model that has the most."""
+        models = self._reconciler.models.values()
+        return max((model.target for model in models if model.failure is None), default=0)
 
     # Plumbing.
 
@@ -292,6 +406,7 @@ class ServePlane(SchedulerPlugin):
         worker = self._scheduler.workers.get(address)
         if status is not None and worker is not None:
             worker.metrics["nos"] = status  # no need to wait for its next heartbeat
+            self._reconciler.observed(self._load_of(address))
         return reply
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -299,9 +414,23 @@ class ServePlane(SchedulerPlugin):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _await_change(self) -> None:
+        await self._changed.wait()
+
     def _tell(self, kind: str, *, name: str = "", model: str = "", message: str = "") -> None:
         event = {"kind": kind, "name": name, "model": model, "message": message}
         self._scheduler.log_event(TOPIC, event)
+
+    def _tell_target(self, key: str, model: Model) -> None:
+        self._tell("scaled", model=key, message=f"to {model.target} replicas: {model.why}")
+
+    def _tell_failure(self, key: str) -> None:
+        failure = self._reconciler.models[key].failure
+        self._tell("failed", model=key, message=failure.message if failure else "")
 
     def _serving(self) -> list[str]:
         """Return the addresses of the connected workers that are ours."""
@@ -309,59 +438,79 @@ class ServePlane(SchedulerPlugin):
             address for address, worker in self._scheduler.workers.items() if "nos" in worker.extra
         ]
 
-    def _loads(self) -> list[WorkerLoad]:
-        return [
-            self._load_of(address) for address in self._ready if address in self._scheduler.workers
-        ]
+    def _status(self, address: str) -> dict[str, Any]:
+        return _plain(self._scheduler.workers[address].metrics.get("nos"))
 
     def _load_of(self, address: str) -> WorkerLoad:
         worker = self._scheduler.workers[address]
-        status = _plain(worker.metrics.get("nos"))
+        status = self._status(address)
         loaded = [
             str(model["key"]) for model in status.get("models", ()) if model["state"] != "failed"
         ]
         return WorkerLoad(
             address=address,
+            name=str(worker.name),
             device=str(_plain(worker.extra.get("nos")).get("device", "cpu")),
             capacity_bytes=int(status.get("capacity_bytes") or 0),
             used_bytes=int(status.get("used_bytes") or 0),
-            num_models=sum(model.address == address for model in self._models.values()),
             num_pending=int(status.get("num_queued", 0)) + int(status.get("num_running", 0)),
             keys=frozenset(loaded),
         )
 
-    def _endpoint(self, address: str) -> dict[str, str]:
-        facts = self._scheduler.workers[address].extra["nos"]
-        return {name: str(facts.get(name, "")) for name in ("address", "unix_socket", "host_id")}
-
-    def _refused(self, key: str, model: _Model, refusal: Refusal) -> bytes:
-        message = f"model {key!r} cannot be placed: {refusal.value}"
-        devices = sorted({load.device for load in self._loads()})
-        if refusal is Refusal.NO_WORKER:
-            return _error(
-                Reason.UNAVAILABLE,
-                message,
-                hint="A lost worker is replaced within seconds; try again",
+    def _endpoints(self, key: str, model: Model) -> list[dict[str, Any]]:
+        """Return where a model answers, the least loaded first."""
+        found = []
+        for address in model.serving:
+            facts = self._scheduler.workers[address].extra["nos"]
+            names = ("address", "unix_socket", "host_id")
+            load = self._reconciler.workers[address]
+            found.append(
+                {
+                    "worker": self._ready[address],
+                    **{name: str(facts.get(name, "")) for name in names},
+                    "num_pending": load.num_pending,
+                }
             )
-        if refusal is Refusal.NO_DEVICE:
+        return sorted(found, key=lambda item: (item["num_pending"], item["worker"]))
+
+    @staticmethod
+    def _failed(failure: Failure) -> bytes:
+        return failure.detail or _error(Reason.LOAD_FAILED, failure.message)
+
+    def _refused(self, key: str, model: Model) -> bytes:
+        loads = self._reconciler.workers.values()
+        message = f"model {key!r} cannot be placed: {_reason(model) or Refusal.NO_WORKER.value}"
+        if model.pending is Refusal.NO_DEVICE:
             return _error(
                 Reason.LOAD_FAILED,
                 message,
                 expected=f"device {model.device}",
-                got=", ".join(devices),
+                got=", ".join(sorted({load.device for load in loads})),
             )
-        most_bytes = max(load.capacity_bytes for load in self._loads())
+        if model.pending is Refusal.NO_ROOM:
+            most_bytes = max(load.capacity_bytes for load in loads)
+            return _error(
+                Reason.OUT_OF_MEMORY,
+                message,
+                expected=f"at most {most_bytes} bytes of weights",
+                got=f"{model.need_bytes} bytes",
+            )
         return _error(
-            Reason.OUT_OF_MEMORY,
-            message,
-            expected=f"at most {most_bytes} bytes of weights",
-            got=f"{model.need_bytes} bytes",
+            Reason.UNAVAILABLE, message, hint="A lost worker is replaced within seconds; try again"
         )
 
 
-def _new_model(definition: dict[str, Any]) -> _Model:
-    spec = models_pb2.ModelSpec.FromString(definition.get("spec") or b"")
-    return _Model(definition, str(definition.get("device") or "auto"), spec.weight_bytes)
+def _key(definition: dict[str, Any]) -> str:
+    return f"{definition['name']}@v{definition['version']}"
+
+
+def _reason(model: Model) -> str:
+    """Return why replicas are missing, for people."""
+    if model.pending is None:
+        return ""
+    if isinstance(model.pending, Failure):
+        return model.pending.message
+    return model.pending.value
 
 
 async def _guarded(work: Coroutine[Any, Any, None]) -> None:

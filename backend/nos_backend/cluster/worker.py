@@ -145,13 +145,16 @@ class HostPlugin(WorkerPlugin):
 
     async def load(self, definition: dict[str, Any]) -> dict[str, Any]:
         """Load a model; returns the status when it answers, `{"error": nos.v1.Error}` when it cannot."""
-        return await self._attempt(
-            lambda: self._manager.load(ModelDefinition.from_dict(definition))
-        )
+        return await self._attempt(lambda: self._plane.load(ModelDefinition.from_dict(definition)))
 
-    async def unload(self, key: str) -> dict[str, Any]:
-        """Unload a model after its work in flight."""
-        return await self._attempt(lambda: self._plane.unload(key))
+    async def unload(self, key: str, budget_s: float = 0.0) -> dict[str, Any]:
+        """Unload a model once its streams have moved on and its work in flight is done.
+
+        Args:
+            key: The model.
+            budget_s: How long streams may stay that do not heed it; 0 for the usual time.
+        """
+        return await self._attempt(lambda: self._plane.unload(key, budget_s or None))
 
     async def state(self) -> dict[str, Any]:
         """Return the manager's status as of now."""

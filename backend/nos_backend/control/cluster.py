@@ -34,8 +34,18 @@ class Cluster(Protocol):
         """Have every worker refuse a token's tickets and cut its streams."""
         ...
 
-    async def load(self, definition: ModelDefinition) -> Placement:
-        """Place a model and wait until it answers."""
+    async def load(self, definition: ModelDefinition) -> list[Placement]:
+        """Place a model and wait until it answers; returns its replicas, the least loaded first."""
+        ...
+
+    async def scale(
+        self, definition: ModelDefinition, min_replicas: int, max_replicas: int
+    ) -> None:
+        """Say how many replicas a model may have."""
+        ...
+
+    async def retire(self, names: list[str]) -> None:
+        """Have workers leave, each once what it serves is served elsewhere."""
         ...
 
     async def unload(self, key: str) -> None:
@@ -60,7 +70,7 @@ class StateCache:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._state: State = {"workers": [], "models": {}}
+        self._state: State = {"workers": [], "models": {}, "num_wanted_workers": 0}
         self._asked_s = float("-inf")
         self._asking: asyncio.Task[State] | None = None
 
@@ -82,7 +92,7 @@ class StateCache:
             state = await self._cluster.state()
         except UnavailableError as error:
             _logger.debug("the scheduler does not answer: %s", error)
-            state = {"workers": [], "models": {}}
+            state = {"workers": [], "models": {}, "num_wanted_workers": 0}
         finally:
             self._asking = None
         self._state, self._asked_s = state, asked_s

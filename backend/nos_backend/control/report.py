@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _STATES: Final[dict[str, models_pb2.ModelState.ValueType]] = {
     "waiting": models_pb2.MODEL_STATE_LOADING,
     "loading": models_pb2.MODEL_STATE_LOADING,
+    "idle": models_pb2.MODEL_STATE_REGISTERED,
     "loaded": models_pb2.MODEL_STATE_DEVICE,
     "device": models_pb2.MODEL_STATE_DEVICE,
     "host": models_pb2.MODEL_STATE_HOST,
@@ -30,6 +31,7 @@ _RANKS: Final = (
     models_pb2.MODEL_STATE_HOST,
     models_pb2.MODEL_STATE_DISK,
     models_pb2.MODEL_STATE_FAILED,
+    models_pb2.MODEL_STATE_REGISTERED,
 )
 
 
@@ -55,14 +57,21 @@ def model_info(entry: Entry, state: State, number: int | None = None) -> models_
     if placed is None:
         # Workers report once a second: until then they still list what was just unloaded.
         return info
+    info.scaling.CopyFrom(_scaling(placed))
     for worker in state["workers"]:
-        for model in worker["status"].get("models", ()):
-            if model["key"] == version.key:
-                info.replicas.append(_replica(worker, model))
-                _add_error(info, model.get("error"))
-        if worker["name"] == placed["worker"] and not info.replicas:
+        phase = placed["replicas"].get(worker["name"], "")
+        told = [
+            model for model in worker["status"].get("models", ()) if model["key"] == version.key
+        ]
+        for model in told:
+            info.replicas.append(_replica(worker, model, phase))
+            _add_error(info, model.get("error"))
+        if phase and not told:
             info.replicas.add(
-                worker=worker["name"], device=worker["device"], state=_state_of(placed["state"])
+                worker=worker["name"],
+                device=worker["device"],
+                state=_state_of("loaded" if phase == "serving" else "loading"),
+                phase=phase,
             )
     states = {replica.state for replica in info.replicas} or {_state_of(placed["state"])}
     _add_error(info, placed.get("error"))
@@ -94,6 +103,7 @@ def _worker(worker: dict[str, Any]) -> cluster_pb2.Worker:
         num_running=now.get("num_running", 0),
         num_streams=now.get("num_streams", 0),
         num_executors=now.get("num_executors", 0),
+        is_retiring=worker.get("is_retiring", False),
     )
     device = described.device
     device.name = worker["device"]
@@ -110,7 +120,17 @@ def _worker(worker: dict[str, Any]) -> cluster_pb2.Worker:
     return described
 
 
-def _replica(worker: dict[str, Any], model: dict[str, Any]) -> models_pb2.Replica:
+def _scaling(placed: dict[str, Any]) -> models_pb2.Scaling:
+    return models_pb2.Scaling(
+        min_replicas=placed["min_replicas"],
+        max_replicas=placed["max_replicas"],
+        target_replicas=placed["target"],
+        reason=placed["why"],
+        pending=placed["pending"],
+    )
+
+
+def _replica(worker: dict[str, Any], model: dict[str, Any], phase: str) -> models_pb2.Replica:
     return models_pb2.Replica(
         worker=worker["name"],
         device=worker["device"],
@@ -122,6 +142,7 @@ def _replica(worker: dict[str, Any], model: dict[str, Any]) -> models_pb2.Replic
         history=[models_pb2.Transition(**move) for move in model.get("history", ())],
         host_bytes=model.get("host_bytes", 0),
         note=model.get("note", ""),
+        phase=phase,
     )
 
 

@@ -1,15 +1,20 @@
-"""From a model's name to a worker that serves it and a ticket that opens it."""
+"""From a model's name to the workers that serve it and a ticket that opens it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Final
+
+from nos.errors import UnavailableError
 
 from nos_backend.control.tickets import TICKET_TTL_S
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from nos_backend.cluster.link import ClusterEvent, Placement
     from nos_backend.control.catalogue import Catalogue, Version
     from nos_backend.control.cluster import Cluster
@@ -17,12 +22,21 @@ if TYPE_CHECKING:
     from nos_backend.control.tokens import Identity
 
 
+#: How long replicas and their load are believed without asking again.
+_FRESH_S: Final = 1.0
+#: Events after which a model's replicas are others.
+_CHANGES: Final = frozenset({"replicas", "draining", "unloaded", "failed"})
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """How to reach a model."""
 
     version: Version
+    placements: tuple[Placement, ...]
+    """Its replicas, at least one, the least loaded first."""
     placement: Placement
+    """The one of them that was chosen."""
     ticket: bytes
     """As it travels in `nos-ticket-bin`; lasts the resolver's `ttl_s`."""
 
@@ -41,13 +55,25 @@ class Resolver:
         self._catalogue = catalogue
         self._cluster = cluster
         self._signer = signer
-        #: Where models answered when last heard of; what contradicts an entry removes it.
-        self._placements: dict[str, Placement] = {}
+        #: When it was heard, and where models answered then; what contradicts a placement removes it.
+        self._placements: dict[str, tuple[float, tuple[Placement, ...]]] = {}
         #: Loads under way, by key; whoever wants the same model waits for the same task.
-        self._loading: dict[str, asyncio.Task[Placement]] = {}
+        self._loading: dict[str, asyncio.Task[tuple[Placement, ...]]] = {}
+        #: Of these, the models whose replicas changed meanwhile.
+        self._changed: set[str] = set()
 
-    async def resolve(self, reference: str, identity: Identity) -> Way:
+    async def resolve(
+        self,
+        reference: str,
+        identity: Identity,
+        choose: Callable[[Sequence[Placement]], Placement] = itemgetter(0),
+    ) -> Way:
         """Return a way to the model, which is loaded first if need be.
+
+        Args:
+            reference: `name` or `name@v3`.
+            identity: Who wants to go there.
+            choose: Chooses among the replicas.
 
         Raises:
             InvalidRequestError: If the reference is malformed.
@@ -56,12 +82,18 @@ class Resolver:
             UnavailableError: If there is no worker, or no answer from the scheduler.
         """
         version = self._catalogue.find(reference)
-        placement = self._placements.get(version.key)
-        if placement is None:
-            placement = await self.load(version)
-        return Way(version, placement, self.ticket(version.key, identity))
+        asked_s, placements = self._placements.get(version.key, (0.0, ()))
+        if not placements or time.monotonic() - asked_s > _FRESH_S:
+            try:
+                placements = await self.load(version)
+            except UnavailableError:
+                # Without a scheduler for a moment: what answered a second ago is likely to answer still.
+                _, placements = self._placements.get(version.key, (0.0, ()))
+                if not placements:
+                    raise
+        return Way(version, placements, choose(placements), self.ticket(version.key, identity))
 
-    async def load(self, version: Version) -> Placement:
+    async def load(self, version: Version) -> tuple[Placement, ...]:
         """Load a version, or find that it is; a caller that leaves does not stop the load."""
         task = self._loading.get(version.key)
         if task is None:
@@ -73,9 +105,18 @@ class Resolver:
 
     async def unload(self, key: str) -> None:
         """Take a version off its workers, after its work in flight."""
-        self._placements.pop(key, None)
+        self._forget_key(key)
         await self._cluster.unload(key)
-        self._placements.pop(key, None)
+        self._forget_key(key)
+
+    async def scale(self, version: Version, min_replicas: int, max_replicas: int) -> None:
+        """Say how many replicas a version may have.
+
+        Raises:
+            UnavailableError: If the scheduler does not answer.
+        """
+        await self._cluster.scale(version.definition, min_replicas, max_replicas)
+        self._forget_key(version.key)
 
     async def logs(self, key: str, max_lines: int) -> dict[str, list[tuple[float, str]]]:
         """Return the last lines that a version printed, by worker."""
@@ -95,8 +136,8 @@ class Resolver:
 
     def forget(self, key: str, placement: Placement) -> None:
         """Take note that `placement` did not answer for the model."""
-        if self._placements.get(key) == placement:
-            del self._placements[key]
+        asked_s, placements = self._placements.get(key, (0.0, ()))
+        self._keep(key, asked_s, tuple(item for item in placements if item != placement))
 
     def forget_all(self) -> None:
         """Take note that nothing is known any more."""
@@ -104,23 +145,37 @@ class Resolver:
 
     def on_event(self, event: ClusterEvent) -> list[Placement]:
         """Take note of what happened in the cluster; returns the placements on a lost worker."""
-        if event.kind in {"unloaded", "failed"}:
-            self._placements.pop(event.model, None)
+        if event.kind in _CHANGES:
+            self._forget_key(event.model)
         if event.kind != "worker-lost":
             return []
-        lost = {
-            key: placement
-            for key, placement in self._placements.items()
-            if placement.worker == event.worker
-        }
-        for key in lost:
-            del self._placements[key]
-        return list(lost.values())
+        self._changed.update(self._loading)
+        lost = []
+        for key, (asked_s, placements) in list(self._placements.items()):
+            gone = [item for item in placements if item.worker == event.worker]
+            if gone:
+                lost += gone
+                self._keep(key, asked_s, tuple(item for item in placements if item not in gone))
+        return lost
 
-    async def _load(self, version: Version) -> Placement:
+    def _keep(self, key: str, asked_s: float, placements: tuple[Placement, ...]) -> None:
+        if placements:
+            self._placements[key] = asked_s, placements
+        else:
+            self._placements.pop(key, None)
+
+    def _forget_key(self, key: str) -> None:
+        self._placements.pop(key, None)
+        if key in self._loading:
+            self._changed.add(key)
+
+    async def _load(self, version: Version) -> tuple[Placement, ...]:
+        key, asked_s = version.key, time.monotonic()
+        self._changed.discard(key)
         try:
-            placement = await self._cluster.load(version.definition)
-            self._placements[version.key] = placement
+            placements = tuple(await self._cluster.load(version.definition))
         finally:
-            del self._loading[version.key]
-        return placement
+            del self._loading[key]
+        if key not in self._changed:
+            self._keep(key, asked_s, placements)
+        return placements

@@ -10,7 +10,9 @@ import grpc
 from nos.wire.options import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from nos_backend.cluster.link import Placement
 
 _SERVICE: Final = "/nos.v1.InferenceService/"
 
@@ -56,6 +58,24 @@ class Channels:
         finally:
             channel.num_calls -= 1
             self._close_if_unused(channel)
+
+    def chooser(self, worker: str) -> Callable[[Sequence[Placement]], Placement]:
+        """Return what chooses the replica on this worker, if there is one, else the least used."""
+
+        def choose(placements: Sequence[Placement]) -> Placement:
+            named = (placement for placement in placements if placement.worker == worker)
+            return next(named, None) or self.least_used(placements)
+
+        return choose
+
+    def least_used(self, placements: Sequence[Placement]) -> Placement:
+        """Return the replica whose worker the fewest calls go to from here."""
+
+        def load(placement: Placement) -> tuple[int, int]:
+            channel = self._channels.get(placement.address)
+            return channel.num_calls if channel else 0, placement.num_pending
+
+        return min(placements, key=load)
 
     def retire(self, address: str) -> None:
         """Give the channel of a lost worker to no new call; those that still use it keep it."""

@@ -11,7 +11,6 @@ from nos.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     PermissionDeniedError,
-    UnimplementedError,
 )
 from nos.wire.signature import bind, check_call
 from nos.wire.v1 import access_pb2, models_pb2, models_pb2_grpc
@@ -38,6 +37,9 @@ if TYPE_CHECKING:
     from nos_backend.control.registrar import Registrar
     from nos_backend.control.resolver import Resolver
     from nos_backend.rpc.guard import Context
+
+#: More replicas of one model than anybody has devices for is a slip of the hand.
+MAX_REPLICAS: Final = 1024
 
 _SETTLE_S: Final = 2.5
 _SETTLE_POLL_S: Final = 0.5
@@ -166,17 +168,19 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
     async def ScaleModel(
         self, request: models_pb2.ScaleModelRequest, context: Context
     ) -> models_pb2.ScaleModelResponse:
-        """Accept one replica; more are for later."""
+        """Say how many replicas a model may have; the server sees to it from then on."""
         entry = self._catalogue.entry(request.model)
         _check_owner(entry)
-        if (request.min_replicas, request.max_replicas) not in {(0, 1), (1, 1)}:
-            raise UnimplementedError(
-                "this server runs one replica of each model",
+        low, high = request.min_replicas, request.max_replicas
+        if not max(1, low) <= high <= MAX_REPLICAS:
+            raise InvalidRequestError(
+                "the numbers of replicas are wrong",
                 "max_replicas",
-                "1",
-                f"{request.min_replicas} to {request.max_replicas}",
+                f"{max(1, low)} .. {MAX_REPLICAS}",
+                f"{low} to {high}",
             )
-        return models_pb2.ScaleModelResponse(model=await self._info(request.model))
+        await self._resolver.scale(self._catalogue.find(request.model), low, high)
+        return models_pb2.ScaleModelResponse(model=await self._info(request.model, max_age_s=0))
 
     async def GetLogs(
         self, request: models_pb2.GetLogsRequest, context: Context

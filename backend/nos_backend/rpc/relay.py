@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 from nos.errors import InvalidRequestError, NosError, Reason, UnauthenticatedError, UnavailableError
 from nos.wire import status
-from nos.wire.limits import ERROR_KEY, MODEL_KEY, TICKET_KEY
+from nos.wire.limits import ERROR_KEY, MODEL_KEY, TICKET_KEY, WORKER_KEY
 from nos.wire.v1 import inference_pb2
 
 from nos_backend.rpc.guard import caller
@@ -60,7 +60,7 @@ class Relay:
 
     async def run(self, request: bytes, context: Context) -> bytes:
         """Pass one call on."""
-        way = await self._resolver.resolve(_model(context), caller())
+        way = await self._resolver.resolve(_model(context), caller(), self._channels.least_used)
         with self._channels.use(way.placement.address) as channel:
             try:
                 return await channel.run(
@@ -73,12 +73,13 @@ class Relay:
         """Pass a stream on until either side ends it."""
         identity = caller()
         reference = _model(context)
-        way = await self._resolver.resolve(reference, identity)
+        choose = self._channels.chooser(_metadata_of(context, WORKER_KEY))
+        way = await self._resolver.resolve(reference, identity, choose)
         first = await anext(aiter(requests), None)
         if first is None:
             return
         # The client may have waited: what was found and signed then may have gone stale.
-        way = await self._resolver.resolve(way.version.key, identity)
+        way = await self._resolver.resolve(way.version.key, identity, choose)
         with self._channels.use(way.placement.address) as channel:
             call = channel.stream(metadata=_metadata(way))
             stream = _RelayedStream(call, context)
@@ -217,10 +218,16 @@ class _RelayedStream:
 
 
 def _model(context: Context) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == MODEL_KEY:
-            return value if isinstance(value, str) else value.decode("utf-8", "replace")
+    if model := _metadata_of(context, MODEL_KEY):
+        return model
     raise InvalidRequestError("the call names no model", MODEL_KEY, "the metadata nos-model")
+
+
+def _metadata_of(context: Context, name: str) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == name:
+            return value if isinstance(value, str) else value.decode("utf-8", "replace")
+    return ""
 
 
 def _metadata(way: Way) -> tuple[tuple[str, str | bytes], ...]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from nos.wire.v1 import access_pb2, models_pb2
 
+    from nos_backend.definition import ModelDefinition
     from nos_backend.worker.access import Access
     from nos_backend.worker.manager import ModelManager
     from nos_backend.worker.replies import Reply
@@ -54,6 +55,8 @@ _MAX_TRACEBACK_CHARS: Final = 4000
 _MAX_DETAILS_CHARS: Final = 500
 _START_TIMEOUT_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
+#: Clients half-close within milliseconds of being asked to leave; who does not is not waited for longer.
+_LEAVE_S: Final = 2.0
 
 
 class DataPlane:
@@ -90,6 +93,9 @@ class DataPlane:
         self._stop: asyncio.Future[float]
         self._local: LocalPort | None = None
         self._streams: set[Stream] = set()
+        #: Models that are being unloaded; each resolves when it is gone.
+        self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_draining = False
 
     @property
@@ -120,16 +126,33 @@ class DataPlane:
         """Streams open at the moment; any thread may ask."""
         return len(self._streams)
 
-    async def unload(self, key: str) -> None:
-        """Take a model off the device after its work in flight; its streams are told to go elsewhere.
+    async def load(self, definition: ModelDefinition) -> None:
+        """Have the manager load a model, after an unloading of it that is under way."""
+        while (gone := self._leaving.get(definition.key)) is not None:
+            await asyncio.shield(gone)
+        await self._manager.load(definition)
 
-        Runs on the data plane's loop (`submit_coroutine`). A client that hears of it resolves the model
-        again at its next frame, and so has it loaded again.
+    async def unload(self, key: str, budget_s: float | None = None) -> None:
+        """Take a model off the device once its streams have moved on and its work in flight is done.
+
+        Runs on the data plane's loop (`submit_coroutine`). Its streams are told to go elsewhere, and new
+        ones are refused; frames on their way are taken. A client that hears of it resolves the model again
+        at its next frame.
+
+        Args:
+            key: The model.
+            budget_s: How long streams may stay that do not heed it, None for the usual time; what they sent
+                is answered all the same.
         """
-        for stream in list(self._streams):
-            if stream.model == key:
-                stream.leave(0.0, f"{key} is being unloaded from this worker")
-        await self._manager.unload(key)
+        gone = self._leaving.get(key)
+        if gone is None:
+            gone = self._leaving[key] = self._loop.create_future()
+            task = asyncio.create_task(
+                self._unload(key, budget_s or _LEAVE_S, gone), name=f"unload {key}"
+            )
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(gone)
 
     def revoke(self, token_ids: Iterable[str]) -> None:
         """Cut the streams of these tokens; `verify` has to refuse their tickets from now on."""
@@ -173,14 +196,34 @@ class DataPlane:
         _logger.info("data plane of %s listens on %s", self._manager.device, self.address)
         grace_s = await self._stop
         self._is_draining = True
-        for stream in list(self._streams):
-            stream.leave(grace_s)
+        await self._clear(
+            list(self._streams), min(grace_s, _LEAVE_S), "the worker is shutting down"
+        )
         await self._manager.drain(grace_s)
         # What is answered by now is written by then; who reads slower than this is cut.
         await server.stop(_LAST_WORDS_S)
         if self._local is not None:
             await self._local.close()
         await self._manager.close()
+
+    async def _unload(self, key: str, budget_s: float, gone: asyncio.Future[None]) -> None:
+        try:
+            await self._clear(
+                [stream for stream in self._streams if stream.model == key],
+                budget_s,
+                f"{key} is being unloaded from this worker",
+            )
+            await self._manager.unload(key)
+        finally:
+            del self._leaving[key]
+            gone.set_result(None)
+
+    async def _clear(self, streams: list[Stream], budget_s: float, reason: str) -> None:
+        """Ask streams to leave, and wait for that."""
+        for stream in streams:
+            stream.leave(budget_s, reason)
+        if streams:
+            await asyncio.wait([stream.ended for stream in streams], timeout=budget_s)
 
     def _ask_to_stop(self, grace_s: float) -> None:
         if not self._stop.done():
@@ -200,6 +243,10 @@ class DataPlane:
         """
         if self._is_draining:
             raise UnavailableError("the worker is shutting down", hint="Resolve the model again")
+        if access.model in self._leaving:
+            raise UnavailableError(
+                f"{access.model} is being unloaded from this worker", hint="Resolve the model again"
+            )
         owner = self._manager.owner(access.model)
         try:
             return self._manager.spec(access.model), owner

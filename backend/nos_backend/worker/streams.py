@@ -225,8 +225,10 @@ class Stream:
         self._cut: asyncio.Future[NosError] = self._loop.create_future()
         #: The client sends nothing more.
         self._is_half_closed = False
-        #: Set when the server leaves: the stream ends with this once no frame is open.
+        #: Set when the server leaves: the stream ends with this once the client has half-closed.
         self._leaving: NosError | None = None
+        #: Whether it ends without that, as soon as no frame is open.
+        self._is_overdue = False
         self._is_closed = False
         #: The task that writes is at it; it does nothing else while the transport takes all at once.
         self._is_writing = False
@@ -236,6 +238,9 @@ class Stream:
         self._was_stalled = False
         self._heartbeat: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
+        self._grace: asyncio.TimerHandle | None = None
+        #: Resolves when it is over.
+        self.ended: asyncio.Future[None] = self._loop.create_future()
 
     @property
     def model(self) -> str:
@@ -279,11 +284,18 @@ class Stream:
         if not self._cut.done():
             self._cut.set_result(error)
 
-    def leave(self, grace_s: float, reason: str = "the worker is shutting down") -> None:
-        """Tell the client to go elsewhere; end the stream when no frame is open."""
+    def leave(self, grace_s: float, reason: str) -> None:
+        """Tell the client to go elsewhere; frames that it sent before it heard of that are still taken.
+
+        Args:
+            grace_s: Afterwards the stream ends once no frame is open, whether it has half-closed or not.
+            reason: Told to a client that stays.
+        """
         self._leaving = UnavailableError(reason, hint="Resolve the model again")
         draining = inference_pb2.Draining(grace_s=grace_s)
         self._say(inference_pb2.StreamResponse(draining=draining))
+        if self._grace is None:
+            self._grace = self._loop.call_later(grace_s, self._run_out)
 
     # Reading.
 
@@ -533,7 +545,7 @@ class Stream:
                         await pipe.write(*self._message(frame, reply))
                     finally:
                         reply.release()
-                elif self._frames or not (self._is_half_closed or self._leaving):
+                elif self._frames or not (self._is_half_closed or self._is_overdue):
                     self._is_writing = False
                     self._wake.clear()
                     await self._wake.wait()
@@ -627,10 +639,14 @@ class Stream:
         else:
             self._expiry = self._loop.call_later(left_s, self._check_ticket)
 
+    def _run_out(self) -> None:
+        self._is_overdue = True
+        self._wake.set()
+
     def _close(self) -> None:
         """Withdraw everything that has no end; nobody reads any more."""
         self._is_closed = True
-        for timer in (self._heartbeat, self._expiry):
+        for timer in (self._heartbeat, self._expiry, self._grace):
             if timer is not None:
                 timer.cancel()
         for frame in self._frames.values():
@@ -641,6 +657,7 @@ class Stream:
             for reply in frame.replies:
                 reply.release()
         self._frames.clear()
+        self.ended.set_result(None)
 
 
 def deadline_of(timeout_s: float, now_s: float) -> float | None:

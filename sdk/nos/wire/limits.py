@@ -41,5 +41,7 @@ UNORDERED: str = "unordered"
 #: Metadata keys.
 MODEL_KEY = "nos-model"
 TICKET_KEY = "nos-ticket-bin"
+#: On a relayed stream: the worker that the client would like it to go to.
+WORKER_KEY = "nos-worker"
 ERROR_KEY = "nos-error-bin"
 TOKEN_KEY = "authorization"  # noqa: S105 - the key, not a token

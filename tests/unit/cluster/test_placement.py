@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from nos_backend.scheduling.placement import Refusal, WorkerLoad, choose_worker
+from nos_backend.scheduling.placement import Refusal, Seats, WorkerLoad
 
 CPU = WorkerLoad(address="cpu", device="cpu")
 GPU = WorkerLoad(address="gpu", device="cuda:0", capacity_bytes=1000)
@@ -12,7 +12,7 @@ def load(address: str, **facts: object) -> WorkerLoad:
 
 
 def chosen(workers: list[WorkerLoad], device: str = "auto", need_bytes: int = 100) -> str:
-    choice = choose_worker("m@v1", device, need_bytes, workers)
+    choice = Seats(workers).take("m@v1", device, need_bytes)
     assert isinstance(choice, WorkerLoad)
     return choice.address
 
@@ -35,10 +35,27 @@ def test_a_full_worker_is_chosen_if_no_other_has_room():
     assert chosen([load("a", used_bytes=990), load("b", used_bytes=950)]) == "b"
 
 
+def test_a_flapping_worker_is_the_last():
+    assert chosen([load("flaps", is_flapping=True), load("busy", num_pending=9)]) == "busy"
+    assert chosen([load("flaps", is_flapping=True)]) == "flaps"
+
+
 def test_auto_prefers_cuda_and_a_device_is_kept():
     assert chosen([CPU, GPU]) == "gpu"
     assert chosen([CPU, GPU], "cpu") == "cpu"
     assert chosen([CPU, GPU], "cuda") == "gpu"
+
+
+def test_each_choice_takes_room():
+    seats = Seats([load("a"), load("b")])
+    choices = [seats.take(f"m{number}@v1", "auto", 400) for number in range(4)]
+    assert [getattr(choice, "address", "") for choice in choices] == ["a", "b", "a", "b"]
+
+
+def test_a_second_replica_gets_another_worker():
+    seats = Seats([load("a"), load("b")])
+    assert seats.take("m@v1", "auto", 1, {"a"}) == load("b")
+    assert seats.take("m@v1", "auto", 1, {"a", "b"}) is Refusal.TAKEN
 
 
 @pytest.mark.parametrize(
@@ -50,4 +67,4 @@ def test_auto_prefers_cuda_and_a_device_is_kept():
     ],
 )
 def test_refusals_say_why(workers, device, need_bytes, refusal):
-    assert choose_worker("m@v1", device, need_bytes, workers) is refusal
+    assert Seats(workers).take("m@v1", device, need_bytes) is refusal

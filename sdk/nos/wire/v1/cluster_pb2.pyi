@@ -107,6 +107,7 @@ class Worker(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NUM_STREAMS_FIELD_NUMBER: _builtins.int
     NUM_EXECUTORS_FIELD_NUMBER: _builtins.int
+    IS_RETIRING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, unique in the cluster."""
     address: _builtins.str
@@ -121,6 +122,8 @@ class Worker(_message.Message):
     """Streams open."""
     num_executors: _builtins.int
     """Executor processes alive."""
+    is_retiring: _builtins.bool
+    """Whether it leaves once what it serves is served elsewhere."""
     @_builtins.property
     def device(self) -> Global___Device:
         """Its device."""
@@ -136,10 +139,11 @@ class Worker(_message.Message):
         num_running: _builtins.int = ...,
         num_streams: _builtins.int = ...,
         num_executors: _builtins.int = ...,
+        is_retiring: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "name", b"name", "num_executors", b"num_executors", "num_queued", b"num_queued", "num_running", b"num_running", "num_streams", b"num_streams", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "is_retiring", b"is_retiring", "name", b"name", "num_executors", b"num_executors", "num_queued", b"num_queued", "num_running", b"num_running", "num_streams", b"num_streams", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -254,7 +258,8 @@ class WatchEventsResponse(_message.Message):
     """When, in seconds since 1970, by the server's clock."""
     kind: _builtins.str
     """What happened, in a word: `worker-joined`, `worker-lost`, `loading`, `loaded`, `unloaded`,
-    `failed`, `registered`, `deleted`, `executor-lost`, `status`.
+    `failed`, `registered`, `deleted`, `executor-lost`, `scaled`, `draining`, `replicas`,
+    `worker-retiring`, `worker-retired`, `status`.
     """
     model: _builtins.str
     """About which model; may be empty."""
@@ -316,6 +321,7 @@ class Endpoint(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     UNIX_SOCKET_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
+    NUM_PENDING_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     address: _builtins.str
@@ -326,6 +332,8 @@ class Endpoint(_message.Message):
     """
     host_id: _builtins.str
     """Identifies the worker's host and its boot, so that a client knows whether it is on the same host."""
+    num_pending: _builtins.int
+    """Calls that waited or ran on the worker when the server last heard of it."""
     def __init__(
         self,
         *,
@@ -333,10 +341,11 @@ class Endpoint(_message.Message):
         address: _builtins.str = ...,
         unix_socket: _builtins.str = ...,
         host_id: _builtins.str = ...,
+        num_pending: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host_id", b"host_id", "unix_socket", b"unix_socket", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host_id", b"host_id", "num_pending", b"num_pending", "unix_socket", b"unix_socket", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -353,15 +362,18 @@ class ResolveResponse(_message.Message):
     TICKET_TTL_S_FIELD_NUMBER: _builtins.int
     CA_CERTIFICATE_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    REFRESH_S_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """Proves to a worker who asks; goes into the metadata `nos-ticket-bin`."""
     ticket_ttl_s: _builtins.float
     """Seconds until the ticket expires."""
     ca_certificate: _builtins.bytes
     """PEM of the CA that signed the workers' certificates; empty means no TLS there."""
+    refresh_s: _builtins.float
+    """Seconds after which a client that is in use asks again, to hear of other replicas; 0 means never."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Endpoint]:
-        """The replicas; empty means relay only."""
+        """The replicas, the least loaded first; empty means relay only."""
 
     @_builtins.property
     def spec(self) -> _models_pb2.ModelSpec:
@@ -375,10 +387,11 @@ class ResolveResponse(_message.Message):
         ticket_ttl_s: _builtins.float = ...,
         ca_certificate: _builtins.bytes = ...,
         spec: _models_pb2.ModelSpec | None = ...,
+        refresh_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ca_certificate", b"ca_certificate", "endpoints", b"endpoints", "spec", b"spec", "ticket", b"ticket", "ticket_ttl_s", b"ticket_ttl_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ca_certificate", b"ca_certificate", "endpoints", b"endpoints", "refresh_s", b"refresh_s", "spec", b"spec", "ticket", b"ticket", "ticket_ttl_s", b"ticket_ttl_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -465,6 +465,7 @@ class Replica(_message.Message):
     HISTORY_FIELD_NUMBER: _builtins.int
     HOST_BYTES_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     device: _builtins.str
@@ -483,6 +484,8 @@ class Replica(_message.Message):
     """Bytes of its host copy in main memory."""
     note: _builtins.str
     """What is unusual about it, for instance why it has an executor of its own; empty if nothing is."""
+    phase: _builtins.str
+    """What the cluster makes of it: `loading`, `serving`, `draining`; empty if it is about to be forgotten."""
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___Transition]:
         """Its last moves, the oldest first."""
@@ -500,14 +503,53 @@ class Replica(_message.Message):
         history: _abc.Iterable[Global___Transition] | None = ...,
         host_bytes: _builtins.int = ...,
         note: _builtins.str = ...,
+        phase: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "device_bytes", b"device_bytes", "history", b"history", "host_bytes", b"host_bytes", "load_s", b"load_s", "note", b"note", "num_answered", b"num_answered", "num_pending", b"num_pending", "state", b"state", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "device_bytes", b"device_bytes", "history", b"history", "host_bytes", b"host_bytes", "load_s", b"load_s", "note", b"note", "num_answered", b"num_answered", "num_pending", b"num_pending", "phase", b"phase", "state", b"state", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class Scaling(_message.Message):
+    """How many replicas of a model there may be and should be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_REPLICAS_FIELD_NUMBER: _builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: _builtins.int
+    TARGET_REPLICAS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    min_replicas: _builtins.int
+    """The fewest."""
+    max_replicas: _builtins.int
+    """The most."""
+    target_replicas: _builtins.int
+    """How many are wanted at the moment."""
+    reason: _builtins.str
+    """Why so many, in words."""
+    pending: _builtins.str
+    """Why some of them are missing, in words; empty if none is, or all are on their way."""
+    def __init__(
+        self,
+        *,
+        min_replicas: _builtins.int = ...,
+        max_replicas: _builtins.int = ...,
+        target_replicas: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        pending: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "pending", b"pending", "reason", b"reason", "target_replicas", b"target_replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scaling: _TypeAlias = Scaling  # noqa: Y015
 
 @_typing.final
 class ModelInfo(_message.Message):
@@ -519,6 +561,7 @@ class ModelInfo(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    SCALING_FIELD_NUMBER: _builtins.int
     state: Global___ModelState.ValueType
     """The best state among its replicas."""
     @_builtins.property
@@ -533,6 +576,10 @@ class ModelInfo(_message.Message):
     def error(self) -> _errors_pb2.Error:
         """Why it failed, when it did."""
 
+    @_builtins.property
+    def scaling(self) -> Global___Scaling:
+        """Set once anybody asked for it."""
+
     def __init__(
         self,
         *,
@@ -540,10 +587,11 @@ class ModelInfo(_message.Message):
         state: Global___ModelState.ValueType = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
         error: _errors_pb2.Error | None = ...,
+        scaling: Global___Scaling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "scaling", b"scaling", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "replicas", b"replicas", "spec", b"spec", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "replicas", b"replicas", "scaling", b"scaling", "spec", b"spec", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
