@@ -8,6 +8,11 @@ from typing import Any, Self
 DEFAULT_CALL_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 300.0
 
+#: In a model's folder: bytes of the tensors and media that `__init__` is called with.
+INIT_FILE = ".nos/init"
+#: In a model's folder: the state that the model, a network, takes after its construction.
+WEIGHTS_FILE = ".nos/weights.safetensors"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDefinition:
@@ -28,7 +33,7 @@ class ModelDefinition:
     folder: str = ""
     """Folder of the source, where its files lie and its sibling modules are imported from; empty if none."""
     init: list[tuple[str, Any]] = field(default_factory=list)
-    """What `__init__` is called with: (parameter, JSON value)."""
+    """What `__init__` is called with: (parameter, JSON node), as calls of executors have them."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     isolation: str = "shared"
@@ -39,6 +44,9 @@ class ModelDefinition:
     """The longest that one call may run; then its executor is ended. 0 means no limit."""
     spec: bytes = b""
     """The serialized `nos.v1.ModelSpec`: interface for argument checks and for clients."""
+
+    profiles: list[bytes] = field(default_factory=list)
+    """What was measured of it before, each a serialized `nos.v1.Profile`; on whatever devices."""
 
     @property
     def key(self) -> str:

@@ -17,6 +17,7 @@ import torch
 from nos_backend.executor import footprint
 from nos_backend.executor.devices import wait_for
 from nos_backend.executor.failures import RefusedError
+from nos_backend.executor.messages import FIRST_DIMENSION, IN_LIST
 from nos_backend.executor.values import Inputs
 
 if TYPE_CHECKING:
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
 
     from nos_backend.executor.devices import Device
     from nos_backend.executor.loading import Model
-
-#: In `joined`: the argument is a list, whose items are the rows.
-IN_LIST: Final = -1
-#: In `joined`: the first dimension counts the rows; what is not negative counts the dimensions of one row.
-FIRST_DIMENSION: Final = -2
 
 #: Whoever serves goes first where cores are short.
 _NICENESS: Final = 5
@@ -47,7 +43,7 @@ class Sample:
         method: `__call__` or a public method.
         arguments: (name or nothing, node) each.
         data: What the nodes' offsets count from; only read here.
-        joined: By parameter that holds rows: `IN_LIST`, `FIRST_DIMENSION` or the dimensions of a row.
+        joined: By parameter that holds rows, how: see `executor/messages.py`.
 
     Raises:
         RefusedError: If there is no such method, or the arguments do not fit it.

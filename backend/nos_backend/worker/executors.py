@@ -735,7 +735,7 @@ def _no_line(_key: str, _line: str) -> None:
 
 def _fields(definition: ModelDefinition) -> dict[str, Any]:
     fields = asdict(definition)
-    del fields["spec"]  # bytes, and of no use there
+    del fields["spec"], fields["profiles"]  # bytes, and of no use there
     return fields
 
 

@@ -31,6 +31,7 @@ from nos_backend.worker.launcher import Launcher
 from nos_backend.worker.loader import Loader
 from nos_backend.worker.memory import DeviceMemory, MemoryOptions, Transition
 from nos_backend.worker.model_logs import ModelLogs
+from nos_backend.worker.profiles import Profiles, advice
 from nos_backend.worker.slots import Slots
 from nos_backend.worker.surroundings import Probes, Surroundings
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from nos_backend.worker.entries import Slot
     from nos_backend.worker.environments import Environments
     from nos_backend.worker.executors import Executor
+    from nos_backend.worker.profiles import ProfileOptions
 
 __all__ = ["ModelManager", "Request"]
 
@@ -71,6 +73,7 @@ class ModelManager:
         num_threads: int | None = None,
         use_forkserver: bool = True,
         environments: Environments | None = None,
+        profiles: ProfileOptions | None = None,
         on_event: Callable[[str, str, str], None] = _ignore,
         probes: Probes | None = None,
     ) -> None:
@@ -88,8 +91,10 @@ class ModelManager:
             use_forkserver: Whether executors are forked from a prepared process.
             environments: Builds the environments of models that need packages of their own; None refuses
                 such models.
+            profiles: How models are profiled; None does not, and uses what is known of them.
             on_event: Called on the loop with (kind, model key, message). Kinds: `loading`, `loaded`,
-                `unloaded`, `evicted`, `failed`, `quarantined`, `executor-started`, `executor-lost`.
+                `profiled`, `unloaded`, `evicted`, `failed`, `quarantined`, `executor-started`,
+                `executor-lost`.
             probes: How to look at what others use of the machine and the device.
         """
         on_cpu = device == "cpu"
@@ -110,13 +115,15 @@ class ModelManager:
             on_failed=self._on_load_failed,
             on_refused=self._on_refused,
         )
+        max_batches = max_concurrent_batches or (cores if on_cpu else 1)
         self._dispatcher = Dispatcher(
-            max_concurrent_batches=max_concurrent_batches or (cores if on_cpu else 1),
+            max_concurrent_batches=max_batches,
             on_lost=self._on_lost,
             memory=self._memory,
         )
+        num_threads = num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS))
         self._launcher = Launcher(
-            num_threads=num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS)),
+            num_threads=num_threads,
             use_forkserver=use_forkserver,
             environments=environments,
             on_line=self._logs.add,
@@ -125,6 +132,18 @@ class ModelManager:
         self._loader = Loader(self._launcher, self._store, self._evicted, self._memory.note_parked)
         self._surroundings = Surroundings(
             probes or Probes(), self._memory, self._loader, usable_bytes
+        )
+        self._profiles = Profiles(
+            self._launcher,
+            device=device,
+            options=profiles,
+            num_threads=num_threads,
+            is_quiet=lambda: (
+                not self._dispatcher.num_queued and self._dispatcher.num_running < max_batches
+            ),
+            room_bytes=lambda: usable_bytes - self._memory.used_bytes,
+            on_profile=self._on_profile,
+            on_measured=lambda key: self._on_event("profiled", key, ""),
         )
         self._on_event = on_event
         self._entries: dict[str, Entry] = {}
@@ -215,6 +234,7 @@ class ModelManager:
 
     def submit(self, request: Request) -> None:
         """Queue a request, whose arguments fit; its sink hears of everything else, refusals at once."""
+        self._profiles.saw(request)
         if not self._memory.may_start(request.model):
             self._memory.want(request.model)
         self._dispatcher.submit(request)
@@ -259,6 +279,7 @@ class ModelManager:
             "num_answered": self._dispatcher.num_answered(key),
             "load_s": entry.load_s,
             "note": self._note_of(entry),
+            "profile": self._profiles.state(key),
             "history": self._memory.history(key),
             "error": str(entry.error) if entry.error else "",
         }
@@ -266,7 +287,11 @@ class ModelManager:
     def _note_of(self, entry: Entry) -> str:
         max_rows = self._dispatcher.max_rows(entry.key)
         learnt = f"at most {max_rows} rows in a batch: more did not go together" if max_rows else ""
-        return "; ".join(filter(None, (entry.note, learnt)))
+        return "; ".join(filter(None, (entry.note, learnt, self._profiles.note(entry.key))))
+
+    def profile(self, key: str) -> bytes:
+        """Return what a model needs, a serialized `nos.v1.Profile`; empty if it was not measured."""
+        return self._profiles.get(key)
 
     def executor_pids(self) -> dict[str, int]:
         """Return the process of each executor that lives, by its slot's name."""
@@ -287,6 +312,7 @@ class ModelManager:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._profiles.close()
         await self._memory.close()
         error = UnavailableError("the worker is shutting down", hint=_RESOLVE)
         self._dispatcher.end_all(error)
@@ -317,6 +343,7 @@ class ModelManager:
             self._check_size(entry)
             async with entry.lock:
                 await self._construct(entry)
+            self._profiles.recall(entry)
             self._keep(entry)
             await self._memory.bring(key)
         except NosError as error:
@@ -328,17 +355,19 @@ class ModelManager:
         else:
             entry.load_s = self._loop.time() - started_s
             self._settle(entry)
+            self._profiles.begin(entry)
             self._on_event("loaded", key, f"in {entry.load_s:.2f} s")
         async with entry.slot.lock:
             await self._end_if_empty(entry.slot)
 
-    def note_activations(self, key: str, activation_bytes: int) -> None:
-        """Take into the budget what one call of a model needs at its largest batch, beside its weights."""
-        entry = self._entries.get(key)
-        if entry is not None and entry.activation_bytes != activation_bytes:
-            entry.activation_bytes = activation_bytes
+    def _on_profile(self, entry: Entry, profile: models_pb2.Profile) -> None:
+        """Take into the budget what a batch needs beside the weights, and how large it is best."""
+        key = entry.key
+        if entry.activation_bytes != profile.activation_bytes:
+            entry.activation_bytes = profile.activation_bytes
             if self._memory.is_known(key):
                 self._keep(entry)
+        self._dispatcher.advise(key, *advice(profile))
 
     def _keep(self, entry: Entry) -> None:
         """Say what a model needs, and how long it may stay."""
@@ -501,6 +530,7 @@ class ModelManager:
         slot = entry.slot
         async with slot.lock:
             del self._entries[key]
+            self._profiles.forget(key)
             error = UnavailableError(f"{key} was unloaded from this worker", "model", hint=_RESOLVE)
             self._dispatcher.close(key, error)
             if slot.executor is not None:
@@ -518,6 +548,7 @@ class ModelManager:
 
     def _fail(self, entry: Entry, error: NosError) -> None:
         entry.error = error
+        self._profiles.forget(entry.key)
         self._dispatcher.close(entry.key, error)
         self._memory.forget(entry.key, error)
         if entry.is_bound and entry.slot.executor is not None:

@@ -1,0 +1,258 @@
+"""What a model needs is measured beside it, once, and its batches keep to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from nos.wire.v1 import models_pb2
+from nos_backend.worker.memory import MemoryOptions
+from nos_backend.worker.profiles import ProfileOptions
+
+from tests.accept import Accept
+from tests.plane import Plane, definitions, fake_models, running_plane
+from tests.servers import wait_for
+
+SOURCE = '''
+from typing import Annotated
+import os, time
+import nos, torch
+from torch import nn
+
+Rows = Annotated[torch.Tensor, "float32[batch, 256]"]
+Scores = Annotated[torch.Tensor, "float32[batch, 10]"]
+
+@nos.model(name="net")
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 512), nn.Linear(512, 10)
+
+    def forward(self, x: Rows) -> Scores:
+        return self.down(torch.relu(self.up(x)))
+
+@nos.model(name="open", batch=True)
+class Open(Net):
+    """Says no sizes."""
+    def forward(self, x: Annotated[torch.Tensor, "float32[batch, width]"]) -> Scores:
+        return super().forward(x)
+
+@nos.model(name="words", batch=True)
+class Words:
+    def __call__(self, texts: list[str]) -> list[int]:
+        return [len(text) for text in texts]
+
+@nos.model(name="limited", batch=4)
+class Limited(Net):
+    pass
+
+@nos.model(name="plain")
+class Plain(nn.Module):
+    """Does not batch."""
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 8)
+    def forward(self, x: Annotated[torch.Tensor, "float32[8]"]):
+        return self.net(x)
+
+@nos.model(name="sleepy")
+class Sleepy:
+    def nap(self, s: float):
+        time.sleep(s)
+        return s
+
+@nos.model(name="deadly")
+class Deadly(Net):
+    def forward(self, x: Rows) -> Scores:
+        if len(x) > 4:
+            os._exit(3)
+        return super().forward(x)
+
+@nos.model(name="wide")
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(256, 16384)
+    def forward(self, x: Rows) -> Annotated[torch.Tensor, "float32[batch]"]:
+        return self.net(x)[:, 0]
+'''
+
+
+#: A busy machine is to finish what it measures, too.
+OPTIONS = ProfileOptions("a test", budget_s=60.0)
+
+
+def models() -> dict[str, Any]:
+    return {item.name: item for item in definitions(SOURCE, "profiled.py")}
+
+
+@pytest.fixture(scope="module")
+def plane() -> Iterator[Plane]:
+    with running_plane({}, profiles=OPTIONS, max_concurrent_batches=1) as plane:
+        yield plane
+
+
+def profile(plane: Plane, key: str) -> models_pb2.Profile:
+    """Wait for a model's profile."""
+    wait_for(lambda: plane.model(key)["profile"] == "ready", 60)
+    raw: bytes = plane.data_plane.submit_coroutine(lambda: _get(plane, key)).result(10)
+    return models_pb2.Profile.FromString(raw)
+
+
+async def _get(plane: Plane, key: str) -> bytes:
+    return plane.manager.profile(key)
+
+
+def loaded(plane: Plane, name: str) -> models_pb2.Profile:
+    plane.load(models()[name])
+    return profile(plane, f"{name}@v1")
+
+
+@pytest.mark.accept("B6")
+def test_a_model_with_declared_sizes_is_profiled_without_a_call(
+    plane: Plane, accept: Accept
+) -> None:
+    found = loaded(plane, "net")
+    (method,) = found.methods
+    assert method.sample == "signature"
+    assert method.note == ""
+    assert [point.rows for point in method.points] == [1, 2, 4, 8, 16, 32, 64]
+    for point in method.points:
+        assert point.flops == 2 * point.rows * (256 * 512 + 512 * 10)
+        assert point.took_s > 0
+    for point in method.points[2:]:
+        wrong_bytes = abs(point.predicted_bytes - point.measured_bytes)
+        assert wrong_bytes <= 0.05 * point.measured_bytes
+        accept.figure(wrong_bytes / point.measured_bytes, 0.05, "of the peak predicted wrongly")
+    uses = {use.path: use for use in method.modules}
+    assert uses["up"].weight_bytes == (256 * 512 + 512) * 4
+    assert uses["up"].activation_bytes == method.module_rows * 512 * 4
+    assert found.weight_bytes == plane.model("net@v1")["device_bytes"]
+    assert plane.model("net@v1")["note"] == ""
+    assert ("profiled", "net@v1", "") in plane.events
+
+
+def test_the_budget_counts_the_activations_of_the_batch_chosen(plane: Plane) -> None:
+    found = loaded(plane, "net")
+    (method,) = found.methods
+    at_choice = next(it for it in method.points if it.rows == method.chosen_rows)
+    assert found.activation_bytes == pytest.approx(at_choice.measured_bytes, rel=0.05)
+    assert plane.status()["used_bytes"] >= found.weight_bytes + found.activation_bytes
+
+
+def test_open_sizes_wait_for_the_first_call(plane: Plane) -> None:
+    plane.load(models()["open"])
+    assert plane.model("open@v1")["profile"] == "waits for a call"
+    plane.run("open@v1", "", np.ones((3, 256), np.float32))
+    (method,) = profile(plane, "open@v1").methods
+    assert method.sample == "first call"
+    assert [point.rows for point in method.points][:3] == [1, 2, 4]
+
+
+def test_lists_are_profiled_with_a_real_text(plane: Plane) -> None:
+    plane.load(models()["words"])
+    assert plane.run("words@v1", "", ["one", "three"]) == [3, 5]
+    (method,) = profile(plane, "words@v1").methods
+    assert len(method.points) == 7
+
+
+def test_the_authors_limit_wins(plane: Plane) -> None:
+    (method,) = loaded(plane, "limited").methods
+    assert [point.rows for point in method.points] == [1, 2, 4]
+    assert method.chosen_rows == 4
+    assert method.why.startswith("its author's limit")
+
+
+def test_what_does_not_batch_gets_one_point(plane: Plane) -> None:
+    (method,) = loaded(plane, "plain").methods
+    (point,) = method.points
+    assert point.rows == 1
+    assert point.flops == 2 * 8 * 8
+    assert method.chosen_rows == 0
+
+
+def test_a_profile_that_ends_its_process_harms_nobody_and_is_told(plane: Plane) -> None:
+    pids = plane.executor_pids()
+    (method,) = loaded(plane, "deadly").methods
+    assert [point.rows for point in method.points] == [1, 2, 4]
+    assert "failed with 8 rows" in method.note
+    assert "failed with 8 rows" in plane.model("deadly@v1")["note"]
+    assert plane.run("deadly@v1", "", np.ones((2, 256), np.float32)).shape == (2, 10)
+    assert pids.items() <= plane.executor_pids().items()
+
+
+def test_sizes_without_room_are_predicted_and_not_run() -> None:
+    definition = models()["wide"]
+    weight_bytes = (256 * 16384 + 16384) * 4
+    memory = MemoryOptions(capacity_bytes=weight_bytes + (3 << 19))
+    with running_plane({"wide": definition}, profiles=OPTIONS, memory=memory) as plane:
+        (method,) = profile(plane, "wide@v1").methods
+        measured = [point.rows for point in method.points if point.measured_bytes]
+        predicted = [point for point in method.points if not point.measured_bytes]
+        assert measured == [1, 2, 4, 8, 16]
+        assert [point.rows for point in predicted] == [32, 64]
+        for point in predicted:
+            assert point.predicted_bytes == pytest.approx(point.rows * 16384 * 4, rel=0.01)
+        assert method.chosen_rows <= 16
+        assert "failed with 32 rows" in plane.model("wide@v1")["note"]
+
+
+def test_a_profile_that_is_known_is_not_made_again(plane: Plane) -> None:
+    known = loaded(plane, "net")
+    definition = replace(models()["net"], name="net", profiles=[known.SerializeToString()])
+    plane.unload("net@v1")
+    num_before = sum(event[0] == "profiled" for event in plane.events)
+    plane.load(definition)
+    assert plane.model("net@v1")["profile"] == "ready"
+    assert profile(plane, "net@v1") == known
+    assert sum(event[0] == "profiled" for event in plane.events) == num_before
+    plane.unload("net@v1")
+    known.versions["torch"] = "0.0"
+    plane.load(replace(definition, profiles=[known.SerializeToString(), b"\xff"]))
+    assert plane.model("net@v1")["profile"] != "ready"
+    assert profile(plane, "net@v1").versions["torch"] != "0.0"
+
+
+@pytest.mark.accept("C5")
+@pytest.mark.parametrize("name", ["fake/device", "net"])
+def test_the_batch_chosen_is_as_fast_as_the_best(plane: Plane, name: str, accept: Accept) -> None:
+    definition = {**models(), **fake_models("batching")}[name]
+    plane.load(definition)
+    key, width = f"{name}@v1", 16 if name == "fake/device" else 256
+    (method,) = profile(plane, key).methods
+    rates_hz = {}
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        x = np.ones((rows, width), np.float32)
+        # The calls' own way in and out is the same for all sizes, so it is not in the model's time.
+        times = [_compute_s(plane, key, x) for _ in range(5)]
+        rates_hz[rows] = rows / min(times)
+    chosen_hz = rates_hz[method.chosen_rows]
+    accept.figure(max(rates_hz.values()) / chosen_hz, 1 / 0.9, "of the best throughput, at most")
+
+
+def _compute_s(plane: Plane, key: str, x: np.ndarray[Any, Any]) -> float:
+    stream = plane.stream(key)
+    stream.hello()
+    stream.send(x)
+    took_s = float(stream.read().result.timings.compute_s)
+    stream.call.cancel()
+    return took_s
+
+
+def test_nothing_is_measured_while_the_device_is_busy(plane: Plane) -> None:
+    both = models()
+    plane.unload("net@v1")
+    plane.events.clear()
+    plane.load(both["sleepy"])
+    stream = plane.stream("sleepy@v1")
+    stream.hello()
+    stream.send(1.5, method="nap")
+    wait_for(lambda: plane.status()["num_running"] == 1, 30)
+    plane.load(both["net"])
+    assert plane.model("net@v1")["profile"] == "pending"
+    stream.read()
+    assert ("profiled", "net@v1", "") not in plane.events
+    assert profile(plane, "net@v1").methods[0].chosen_rows
