@@ -84,7 +84,10 @@ async def _serve(arguments: argparse.Namespace) -> int:
     ready = arguments.run_dir / "gateway.ready"
     ready.unlink(missing_ok=True)
     try:
-        address = await server.start(arguments.host, arguments.port)
+        tls = None
+        if arguments.tls_cert is not None:
+            tls = (arguments.tls_key.read_bytes(), arguments.tls_cert.read_bytes())
+        address = await server.start(arguments.host, arguments.port, tls)
         if not await _unless(stop, connect()):
             return 0
         await server.open()
@@ -159,6 +162,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=50051, help="0 for any free one")
     parser.add_argument("--scheduler", required=True, help="address of the Dask scheduler")
     parser.add_argument("--tls-dir", type=Path, help="ca.pem, cert.pem, key.pem for the scheduler")
+    parser.add_argument("--tls-cert", type=Path, help="certificate of the public port, PEM")
+    parser.add_argument("--tls-key", type=Path, help="its private key, PEM")
     parser.add_argument("--state-dir", type=Path, required=True, help="what outlives a run")
     parser.add_argument("--run-dir", type=Path, required=True, help="where gateway.ready goes")
     parser.add_argument("--token-file", type=Path, required=True, help="holds the token")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from nos.errors import ConfigError
 from nos.wire.local import state_dir
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -42,9 +42,13 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address that the gateway listens on; loopback only, until there is TLS for clients."""
+    """Address that the gateway listens on; other than loopback, for instance 0.0.0.0, it encrypts."""
     port: _Port = 50051
     """Port that the gateway listens on; 0 takes any free one."""
+    tls_cert: Path | None = None
+    """Certificate chain of the gateway, PEM; without one, a public address gets one of its own making."""
+    tls_key: Annotated[Path | None, Field(validate_default=True)] = None
+    """Private key of the certificate, PEM."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """auto (every CUDA device, else the processor), cpu, cuda (every one) or cuda:N."""
     workers: Annotated[int, Field(ge=0, le=64)] = 0
@@ -64,6 +68,9 @@ class Settings(BaseSettings):
     """Models on one device at once; 0 means as many as fit."""
     idle_unload_s: Annotated[float, Field(ge=0)] = 0.0
     """Models leave the device after so many seconds without use; 0 means only when room is needed."""
+    profile_s: Annotated[float, Field(ge=0, le=600)] = 2.0
+    """Seconds that measuring what a model needs may take, once, while the device is idle; 0: nothing is
+    measured, and batches have the usual limit."""
     host_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Bytes of main memory for copies of models; beyond it they go to files. Default: no limit."""
     state_dir: Path = Field(default_factory=state_dir)
@@ -99,14 +106,20 @@ class Settings(BaseSettings):
 
     @field_validator("host")
     @classmethod
-    def _check_loopback(cls, given: str) -> str:
+    def _check_host(cls, given: str) -> str:
+        if given == "localhost":
+            return "127.0.0.1"
         try:
-            is_loopback = given == "localhost" or ipaddress.ip_address(given).is_loopback
+            return str(ipaddress.ip_address(given))
         except ValueError:
-            is_loopback = False
-        if not is_loopback:
-            raise ValueError(f"a loopback address such as 127.0.0.1, got {given!r}")
-        return "127.0.0.1" if given == "localhost" else given
+            raise ValueError(f"an IP address of this machine, or 0.0.0.0, got {given!r}") from None
+
+    @field_validator("tls_key")
+    @classmethod
+    def _check_pair(cls, given: Path | None, info: ValidationInfo) -> Path | None:
+        if (given is None) != (info.data.get("tls_cert") is None):
+            raise ValueError("both --tls-cert and --tls-key, or neither, got one")
+        return given
 
     @field_validator("scheduler")
     @classmethod

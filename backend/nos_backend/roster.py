@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nos_backend.config import Settings
+    from nos_backend.public_tls import PublicTls
 
 _LOOPBACK: Final = "127.0.0.1"
 _DASHBOARD_PORT: Final = 8787
@@ -37,13 +38,16 @@ class Plan:
     """Where the Dask dashboard will listen; empty for a scheduler that is joined."""
 
 
-def plan_children(settings: Settings, run_dir: Path, token_file: Path) -> Plan:
+def plan_children(
+    settings: Settings, run_dir: Path, token_file: Path, public: PublicTls | None = None
+) -> Plan:
     """Choose devices and ports, and return the processes that serve with them.
 
     Args:
         settings: Of the server.
         run_dir: Folder for what lives as long as the run.
         token_file: Holds the token that the gateway asks for.
+        public: What the gateway's port shows; None for a port without TLS.
 
     Raises:
         ConfigError: If a port is taken or there is no such device.
@@ -81,6 +85,7 @@ def plan_children(settings: Settings, run_dir: Path, token_file: Path) -> Plan:
                 eviction=settings.eviction,
                 max_models=settings.max_models,
                 idle_unload_s=settings.idle_unload_s,
+                profile_s=settings.profile_s,
                 host_bytes=settings.host_bytes,
                 weights_dir=str(run_dir / "weights" / name),
                 environments_dir=str(settings.state_dir / "environments"),
@@ -91,7 +96,7 @@ def plan_children(settings: Settings, run_dir: Path, token_file: Path) -> Plan:
             scratch=run_dir / "dask",
         )
         children.append(_child(f"worker-{name}", command, settings, ready_file))
-    command = _gateway_command(settings, port, scheduler, tls, run_dir, token_file)
+    command = _gateway_command(settings, port, scheduler, tls, run_dir, token_file, public)
     children.append(_child("gateway", command, settings, run_dir / "gateway.ready"))
     return Plan(children=children, tls=tls, dashboard_url=dashboard_url)
 
@@ -160,6 +165,7 @@ def _gateway_command(
     tls: TlsFiles | None,
     run_dir: Path,
     token_file: Path,
+    public: PublicTls | None,
 ) -> Command:
     arguments = [
         *(sys.executable, "-m", "nos_backend.app"),
@@ -170,6 +176,8 @@ def _gateway_command(
     ]
     if tls is not None:
         arguments += ["--tls-dir", str(tls.folder)]
+    if public is not None:
+        arguments += ["--tls-cert", str(public.cert), "--tls-key", str(public.key)]
     for folder in settings.models:
         arguments += ["--models", str(folder)]
     return Command(arguments=arguments, environ=gateway_environ(is_encrypted=tls is not None))

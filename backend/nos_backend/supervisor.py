@@ -23,6 +23,7 @@ from nos.wire import local
 
 from nos_backend.children import Child, adopt_orphans, kill_orphans, reap_orphans
 from nos_backend.cluster.certificates import TlsFiles
+from nos_backend.public_tls import from_here, public_tls, reachable
 from nos_backend.roster import plan_children
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nos_backend.config import Settings
+    from nos_backend.public_tls import PublicTls
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class Supervisor:
         self._token_file = settings.state_dir / local.TOKEN_NAME
         self._children: list[Child] = []
         self._dashboard_url = ""
+        #: What the gateway's port shows; None for one without TLS.
+        self._public: PublicTls | None = None
         self._selector = selectors.DefaultSelector()
         #: Signals that ask for the end, so far; the second one ends at once.
         self._num_stops = 0
@@ -115,7 +119,8 @@ class Supervisor:
 
     def _prepare(self) -> None:
         folder = self._settings.state_dir
-        plan = plan_children(self._settings, self._run_dir, self._token_file)
+        self._public = public_tls(self._settings)
+        plan = plan_children(self._settings, self._run_dir, self._token_file, self._public)
         shutil.rmtree(self._run_dir, ignore_errors=True)  # a killed server left it
         self._run_dir.mkdir(mode=0o700)
         (folder / local.LOG_FOLDER_NAME).mkdir(mode=0o700, exist_ok=True)
@@ -226,8 +231,13 @@ class Supervisor:
         return ""
 
     def _announce(self, address: str) -> None:
+        remote_address = ""
+        if self._public is not None:
+            remote_address = self._public.url(reachable(address))
+            address = self._public.url(from_here(address))
         record = local.BackendRecord(
             address=address,
+            remote_address=remote_address,
             pid=os.getpid(),
             token_file=str(self._token_file),
             dashboard_url=self._dashboard_url,
@@ -308,6 +318,12 @@ def _already_runs(folder: Path) -> NosError:
 def describe(record: local.BackendRecord, token: str, start_s: float, log_folder: Path) -> str:
     """Return what a user needs to know of a fresh server: one screen."""
     fields = dataclasses.asdict(record)
+    elsewhere = (
+        "From elsewhere: tunnel to the address, then set NOS_ADDRESS and NOS_TOKEN_FILE"
+        if not record.remote_address
+        else f"""From elsewhere, with a copy of the token's file:
+  nos.connect("{record.remote_address}", token_file="token")"""
+    )
     return f"""NOS {record.version} is ready after {start_s:.1f} s
 
   address     {fields["address"]}
@@ -317,6 +333,6 @@ def describe(record: local.BackendRecord, token: str, start_s: float, log_folder
   logs        {log_folder}
 
 Connect on this machine with  nos.connect()  or  nos status
-From elsewhere: tunnel to the address, then set NOS_ADDRESS and NOS_TOKEN_FILE
+{elsewhere}
 Stop with  nos stop  or Ctrl+C
 """

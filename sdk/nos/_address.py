@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from nos import _tls
 from nos.errors import ConfigError
 from nos.wire import local
 
@@ -21,7 +22,12 @@ _KEYS: Final = ("address", "token_file")
 class Target:
     """A server and the credential for it."""
 
+    #: `host:port`.
     address: str
+    #: The same, as `find` takes it; says how the server is encrypted, too.
+    url: str
+    #: What its certificate is checked against, PEM; empty for a server without TLS.
+    ca_certificate: bytes = field(repr=False)
     #: Empty if none was found.
     token: str = field(repr=False)
     #: Where the address came from, for people.
@@ -43,8 +49,12 @@ def find(address: str | None, token: str | None, token_file: str | Path | None) 
     on this machine, else 127.0.0.1:50051. The token likewise: arguments, `NOS_TOKEN_FILE`, the file of
     settings that named the address, the local backend's own.
 
+    An address `tls://host:port?ca=sha256:...` is of a server that encrypts; see `nos._tls`.
+
     Raises:
         ConfigError: If a file named here cannot be read, or says what is not a setting.
+        UnavailableError: If the certificate of the server is asked for, and it does not answer or has
+            another than the address says.
     """
     settings = None if address or os.environ.get("NOS_ADDRESS") else _find_settings()
     record = local.read_backend(local.state_dir())
@@ -70,10 +80,15 @@ def find(address: str | None, token: str | None, token_file: str | Path | None) 
             token = _read_token(Path(record.token_file), "the local backend's token file")
         else:
             token = ""
-    return Target(address=found, token=token, source=source)
+    if record is not None and _is_same(found, record.address):
+        found = record.address  # which says whether it encrypts
+    plain, options = _tls.split(found)
+    authority = b"" if options is None else _tls.certificates(plain, options)
+    return Target(address=plain, url=found, ca_certificate=authority, token=token, source=source)
 
 
 def _is_same(left: str, right: str) -> bool:
+    (left, _), (right, _) = _tls.split(left), _tls.split(right)
     names = {"localhost", "127.0.0.1", "[::1]", "0.0.0.0"}  # noqa: S104 - compared, not bound
     (host, _, port), (other_host, _, other_port) = left.rpartition(":"), right.rpartition(":")
     return port == other_port and (host == other_host or {host, other_host} <= names)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import grpc
 
-from nos import _fork
+from nos import _fork, _tls
 from nos._session import broken
 from nos.errors import (
     CancelledError,
@@ -161,8 +161,13 @@ class GrpcTransport:
     def __init__(self, address: str, ca_certificate: bytes = b"") -> None:
         _fork.note_use()
         self._address = address
-        options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+        options: Sequence[tuple[str, Any]] = (
+            *CHANNEL_OPTIONS,
+            ("grpc.use_local_subchannel_pool", 1),
+        )
         if ca_certificate:
+            if name := _tls.name_of(ca_certificate):
+                options = (*options, ("grpc.ssl_target_name_override", name))
             credentials = grpc.ssl_channel_credentials(ca_certificate)
             self._channel = grpc.secure_channel(address, credentials, options)
         else:
@@ -270,6 +275,12 @@ def check_listening(address: str) -> None:
         socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
     except OSError:  # it says no more than we do
         raise nobody_listens(address) from None
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether an address means the machine that uses it."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from nos import _control, _fork
-from nos._channel import Metadata, Transport, open_transport
+from nos._channel import Metadata, Transport, is_loopback, open_transport
 from nos._link import Call, Flow, Link, Route
 from nos.errors import InternalError, NosError, StreamClosedError, UnavailableError
 from nos.wire.host import host_id
@@ -167,7 +167,7 @@ class Engine:
         return ((TOKEN_KEY, f"Bearer {self.target.token}"),) if self.target.token else ()
 
     def _gateway(self) -> Transport:
-        return self._transport(self.target.address, b"")
+        return self._transport(self.target.address, self.target.ca_certificate)
 
     def _transport(self, address: str, ca_certificate: bytes) -> Transport:
         with self._lock:
@@ -278,6 +278,8 @@ class Engine:
                     )
         if self._via != "local":
             for endpoint in answer.endpoints:
+                if endpoint.host_id != host_id() and is_loopback(endpoint.address):
+                    continue  # it is the worker's own, and here it would be somebody else
                 yield Route(
                     transport=self._transport(endpoint.address, answer.ca_certificate),
                     metadata=metadata,

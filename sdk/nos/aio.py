@@ -95,7 +95,7 @@ class AsyncClient:
     @property
     def address(self) -> str:
         """The gateway's address."""
-        return self._target.address
+        return self._target.url
 
     async def status(self, *, timeout_s: float | None = None) -> Status:
         """See `Client.status`."""

@@ -84,7 +84,7 @@ class Client:
     @property
     def address(self) -> str:
         """The gateway's address."""
-        return self._target.address
+        return self._target.url
 
     def status(self, *, timeout_s: float | None = None) -> Status:
         """Return how the server stands, and which way this client's streams go."""

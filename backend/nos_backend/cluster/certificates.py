@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _VALIDITY: Final = datetime.timedelta(days=365)
 _CLOCK_SKEW: Final = datetime.timedelta(minutes=5)
+_DAY: Final = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,7 @@ class TlsFiles:
         certificate = _sign(key, authority_key, authority, hosts)
         _write(files.ca, authority.public_bytes(serialization.Encoding.PEM))
         _write(files.cert, certificate.public_bytes(serialization.Encoding.PEM))
-        _write(
-            files.key,
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            ),
-        )
+        _write(files.key, _private_bytes(key))
         return files
 
     def to_flags(self) -> list[str]:
@@ -82,6 +76,65 @@ class TlsFiles:
             f"--tls-cert={self.cert}",
             f"--tls-key={self.key}",
         ]
+
+
+def make_own(cert: Path, key: Path, name: str) -> None:
+    """Make the certificate of a public port that nobody else signs; clients know it by its fingerprint.
+
+    Args:
+        cert: Written, PEM.
+        key: Written, PEM, readable by this user only.
+        name: What it is for, whatever the server's address.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
+    cert.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(_name(name))
+        .issuer_name(_name(name))
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_after(now + _VALIDITY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
+        .add_extension(x509.SubjectAlternativeName([_alternative(name)]), False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
+        .sign(private, hashes.SHA256())
+    )
+    _write(cert, certificate.public_bytes(serialization.Encoding.PEM))
+    _write(key, _private_bytes(private))
+
+
+def describe_certificate(cert: Path) -> tuple[str, str, float]:
+    """Return what clients need to know of a certificate: fingerprint, a name of it, days until it ends.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is none, or names no server.
+    """
+    certificate = x509.load_pem_x509_certificate(cert.read_bytes())
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        raise ValueError("it names no server (subjectAltName)") from None
+    found = names.get_values_for_type(x509.DNSName)
+    found += [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    if not found:
+        raise ValueError("it names no server (subjectAltName)")
+    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    return certificate.fingerprint(hashes.SHA256()).hex(), found[0], left / _DAY
+
+
+def _private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
 
 
 def _sign(

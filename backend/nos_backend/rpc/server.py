@@ -24,6 +24,7 @@ from nos_backend.control.cluster import StateCache
 from nos_backend.control.events import Event, Events
 from nos_backend.control.folders import FolderStore
 from nos_backend.control.logins import Logins
+from nos_backend.control.profiles import Profiles
 from nos_backend.control.registrar import Registrar
 from nos_backend.control.resolver import Resolver
 from nos_backend.control.tickets import TICKET_TTL_S
@@ -84,10 +85,11 @@ class GatewayServer:
         self.activity = Activity()
         self._cluster = cluster
         self._events = Events()
-        self._resolver = Resolver(catalogue, cluster, signer, ticket_ttl_s)
-        self._channels = Channels()
         states = StateCache(cluster)
         self._states = states
+        self._profiles = Profiles(registry, cluster, states)
+        self._resolver = Resolver(catalogue, cluster, signer, ticket_ttl_s, self._profiles.of)
+        self._channels = Channels()
         self._clusters = ClusterService(
             cluster, catalogue, states, self._resolver, self._events, registry.notices
         )
@@ -106,6 +108,7 @@ class GatewayServer:
                 states,
                 self._resolver,
                 self._events,
+                self._profiles,
             ),
             server,
         )
@@ -131,8 +134,13 @@ class GatewayServer:
         ]
         cluster.on_reconnected = self._on_reconnected
 
-    async def start(self, host: str, port: int) -> str:
+    async def start(self, host: str, port: int, tls: tuple[bytes, bytes] | None = None) -> str:
         """Listen; calls are answered, while health says that it is not serving yet.
+
+        Args:
+            host: Address of this machine.
+            port: 0 for any free one.
+            tls: Private key and certificate chain, PEM; None for a port without TLS.
 
         Returns:
             The address, `host:port`.
@@ -143,7 +151,11 @@ class GatewayServer:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         bracketed = f"[{host}]" if ":" in host else host
         try:
-            bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+            if tls is None:
+                bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+            else:
+                credentials = grpc.ssl_server_credentials([tls])
+                bound = self._server.add_secure_port(f"{bracketed}:{port}", credentials)
         except RuntimeError as error:
             raise ConfigError(
                 "the gateway cannot listen there",
@@ -210,6 +222,8 @@ class GatewayServer:
         )
 
     def _on_catalogue_event(self, kind: str, name: str) -> None:
+        if kind == "deleted":
+            self._profiles.forget(name)
         self._events.tell(
             Event(time_s=time.time(), kind=kind, model=name, message=f"{name} was {kind}")
         )

@@ -42,11 +42,13 @@ class BackendRecord:
     """How to reach the backend of a state folder."""
 
     address: str
-    """Where its gateway listens, `host:port`."""
+    """Where its gateway listens, as `nos.connect` takes it on this machine."""
     pid: int
     """The supervisor's process id."""
     token_file: str
     """Absolute path of the file that holds the token."""
+    remote_address: str = ""
+    """The same for other machines; empty if they cannot reach it."""
     dashboard_url: str = ""
     """Where the Dask dashboard listens; empty if there is none."""
     version: str = ""

@@ -33,7 +33,9 @@ def leave_word(place, address="127.0.0.1:7"):
 
 
 def test_default_is_this_machine():
-    assert find() == _address.Target(address="127.0.0.1:50051", token="", source="default")
+    target = find()
+    assert (target.address, target.url) == ("127.0.0.1:50051", "127.0.0.1:50051")
+    assert (target.token, target.source, target.ca_certificate) == ("", "default", b"")
 
 
 def test_running_backend_of_this_user_is_found(place):
