@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 OCTETS: Final = "application/octet-stream"
 
+_IS_LITTLE: Final = sys.byteorder == "little"
+
 #: Wire dtype, its name as in torch and numpy, and its element size in bytes.
 _DTYPES: Final[tuple[tuple[values_pb2.Dtype.ValueType, str, int], ...]] = (
     (values_pb2.DTYPE_BOOL, "bool", 1),
@@ -123,7 +125,8 @@ def write(
 
 def is_plain(array: np.ndarray[Any, Any]) -> bool:
     """Return whether an array's bytes travel as they lie: some, row-major and little-endian."""
-    return bool(array.size and array.flags.c_contiguous and array.dtype.str[0] != ">")
+    is_little = array.dtype.byteorder == "<" or (array.dtype.isnative and _IS_LITTLE)
+    return bool(array.size and array.flags.c_contiguous and is_little)
 
 
 def write_arrays(arrays: Iterable[np.ndarray[Any, Any]]) -> Payload:
