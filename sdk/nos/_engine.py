@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from nos import _control, _fork
 from nos._channel import Metadata, Transport, is_loopback, open_transport
 from nos._link import Call, Flow, Link, Route
+from nos._replicas import Replicas
 from nos.errors import InternalError, NosError, StreamClosedError, UnavailableError
 from nos.wire.host import host_id
-from nos.wire.limits import MODEL_KEY, TICKET_KEY, TOKEN_KEY
+from nos.wire.limits import MODEL_KEY, TICKET_KEY, TOKEN_KEY, WORKER_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,6 +32,8 @@ T = TypeVar("T")
 _AVOID_S: Final = 30.0
 #: A frame that was never sent goes to so many streams, one after the other.
 _MAX_ATTEMPTS: Final = 2
+#: Until the server said when to ask for replicas again.
+_ASK_AGAIN_S: Final = 2.0
 #: Until a link says when it wants attention.
 _FIRST_LOOK_S: Final = 0.5
 
@@ -56,8 +62,8 @@ class Engine:
         # Everything below is read and written under the lock.
         #: By address and CA; the gateway's is among them.
         self._transports: dict[tuple[str, bytes], Transport] = {}
-        #: Streams for everybody's calls, by `name@v3`; each takes new frames, or is replaced.
-        self._links: dict[str, Link] = {}
+        #: Streams for everybody's calls, by `name@v3`; those that take no new frames are replaced.
+        self._links: dict[str, Replicas[Link]] = {}
         #: Every stream that is not over, with what it leads to.
         self._all_links: dict[Link, str] = {}
         #: Workers that did not answer, and until when they are not tried.
@@ -122,7 +128,7 @@ class Engine:
         raise InternalError("the server ended the stream without an answer")
 
     def submit(self, key: str, call: Call) -> None:
-        """Send a call's frame over the shared stream of a model version."""
+        """Send a call's frame over the shared stream of a model version that has the fewest frames."""
         call.num_attempts += 1
         while not self._shared_link(key).submit(call):
             pass
@@ -185,10 +191,44 @@ class Engine:
     def _shared_link(self, key: str) -> Link:
         with self._lock:
             self._check_open()
-            link = self._links.get(key)
-            if link is None or not link.takes_frames:
-                link = self._links[key] = self._open_link(key, self._on_shared_end, is_shared=True)
-            return link
+            replicas = self._links.get(key)
+            if replicas is None:
+                replicas = self._links[key] = Replicas()
+            now_s = time.monotonic()
+            for worker in replicas.missing(now_s) if replicas else ("",):
+                self._open_shared(key, replicas, worker)
+            link = replicas.pick() or self._open_shared(key, replicas, "")
+            is_due = replicas.is_due(now_s)
+            if is_due:
+                replicas.ask_at_s = now_s + _ASK_AGAIN_S
+        if is_due:
+            self._ask_replicas(key)
+        return link
+
+    def _open_shared(self, key: str, replicas: Replicas[Link], worker: str) -> Link:
+        link = self._open_link(key, self._on_shared_end, is_shared=True, worker=worker)
+        replicas[link] = worker
+        return link
+
+    def _ask_replicas(self, key: str) -> None:
+        """Ask which replicas there are by now; nobody waits for the answer."""
+
+        def on_answer(answer: Future[cluster_pb2.ResolveResponse]) -> None:
+            if not answer.cancelled() and answer.exception() is None:
+                self._hear(key, answer.result())
+
+        with contextlib.suppress(NosError):  # closed meanwhile
+            self.call(_control.resolve(key)).add_done_callback(on_answer)
+
+    def _hear(self, key: str, answer: cluster_pb2.ResolveResponse) -> None:
+        with self._lock:
+            replicas = self._links.get(key)
+            if replicas is None:
+                return
+            workers = [endpoint.worker for endpoint in answer.endpoints]
+            gone = replicas.heard(workers, answer.refresh_s, time.monotonic())
+        for link in gone:
+            link.half_close()
 
     def _open_link(
         self,
@@ -198,19 +238,31 @@ class Engine:
         is_shared: bool,
         flow: Flow | None = None,
         pause_s: float = 0.0,
+        worker: str = "",
     ) -> Link:
         self._check_open()
 
         def ended(link: Link, unsent: list[Call], error: NosError) -> None:
             with self._lock:
                 self._all_links.pop(link, None)
-                if self._links.get(key) is link:
-                    del self._links[key]
+                replicas = self._links.get(key)
+                if replicas is not None and link in replicas:
+                    replicas.ended(link, time.monotonic(), is_failure=not link.was_welcomed)
+                    if not replicas:
+                        del self._links[key]
             on_end(link, unsent, error)
+
+        def find_route(failed: Route | None) -> Route:
+            route = self._find_route(key, failed, worker)
+            with self._lock:
+                replicas = self._links.get(key)
+                if replicas is not None and link in replicas:
+                    replicas[link] = route.worker
+            return route
 
         link = Link(
             key,
-            lambda failed: self._find_route(key, failed),
+            find_route,
             ended,
             is_shared=is_shared,
             flow=flow,
@@ -236,21 +288,24 @@ class Engine:
             except NosError as failure:
                 call.fail(failure)
 
-    def _find_route(self, key: str, failed: Route | None) -> Route:
+    def _find_route(self, key: str, failed: Route | None, worker: str) -> Route:
         """Ask the gateway for the way; called in a link's thread.
 
         Args:
             key: The model version.
             failed: The way that was just tried in vain.
+            worker: Whose replica it should lead to, if that is there; empty for the least loaded.
         """
         now_s = time.monotonic()
         if failed is not None and failed.worker_address:
             with self._lock:
                 self._avoid[failed.worker_address] = now_s + _AVOID_S
-        if self._via == "relay":
-            return self._relay(key)
         answer = self.wait(_control.resolve(key))
-        for route in self._direct_routes(key, answer):
+        self._hear(key, answer)
+        endpoints = self._in_order(answer, worker)
+        if self._via == "relay":
+            return self._relay(key, endpoints)
+        for route in self._direct_routes(key, answer, endpoints):
             with self._lock:
                 is_avoided = self._avoid.get(route.worker_address, 0.0) > now_s
             if not is_avoided or self._via != "auto":
@@ -258,9 +313,27 @@ class Engine:
         if self._via != "auto":
             kind = "through shared memory" if self._via == "local" else "directly"
             raise UnavailableError(f"no worker can be reached {kind}", "via", "auto or relay")
-        return self._relay(key)
+        return self._relay(key, endpoints)
 
-    def _direct_routes(self, key: str, answer: cluster_pb2.ResolveResponse) -> Iterator[Route]:
+    def _in_order(
+        self, answer: cluster_pb2.ResolveResponse, worker: str
+    ) -> list[cluster_pb2.Endpoint]:
+        """Return the replica that is wanted, if it is there, else all, the least loaded first."""
+        wanted = [endpoint for endpoint in answer.endpoints if endpoint.worker == worker]
+        if wanted:
+            return wanted
+        with self._lock:
+            own = Counter(link.route.worker for link in self._all_links if link.route is not None)
+        # Clients that come at the same time do not all go the same way.
+        shuffled = random.sample(list(answer.endpoints), len(answer.endpoints))
+        return sorted(shuffled, key=lambda it: own[it.worker] + it.num_pending)
+
+    def _direct_routes(
+        self,
+        key: str,
+        answer: cluster_pb2.ResolveResponse,
+        endpoints: list[cluster_pb2.Endpoint],
+    ) -> Iterator[Route]:
         """Yield the ways to the workers, the fastest first."""
         spec = answer.spec
         metadata: Metadata = (
@@ -268,27 +341,31 @@ class Engine:
             (TICKET_KEY, answer.ticket),
         )
         if self._via != "direct":
-            for endpoint in answer.endpoints:
+            for endpoint in endpoints:
                 if endpoint.unix_socket and endpoint.host_id == host_id():
                     yield Route(
                         transport=None,
                         metadata=metadata,
+                        worker=endpoint.worker,
                         worker_address=endpoint.unix_socket,
                         ticket_ttl_s=answer.ticket_ttl_s,
                     )
         if self._via != "local":
-            for endpoint in answer.endpoints:
+            for endpoint in endpoints:
                 if endpoint.host_id != host_id() and is_loopback(endpoint.address):
                     continue  # it is the worker's own, and here it would be somebody else
                 yield Route(
                     transport=self._transport(endpoint.address, answer.ca_certificate),
                     metadata=metadata,
+                    worker=endpoint.worker,
                     worker_address=endpoint.address,
                     ticket_ttl_s=answer.ticket_ttl_s,
                 )
 
-    def _relay(self, key: str) -> Route:
-        return Route(transport=self._gateway(), metadata=((MODEL_KEY, key), *self._token()))
+    def _relay(self, key: str, endpoints: list[cluster_pb2.Endpoint]) -> Route:
+        worker = endpoints[0].worker if endpoints else ""
+        metadata: Metadata = ((MODEL_KEY, key), (WORKER_KEY, worker), *self._token())
+        return Route(transport=self._gateway(), metadata=metadata, worker=worker)
 
     def _renew(self, link: Link) -> None:
         with self._lock:

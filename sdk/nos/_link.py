@@ -68,6 +68,8 @@ class Route:
     #: None for a local stream.
     transport: Transport | None
     metadata: Metadata
+    #: The worker's name; empty if it is not known.
+    worker: str = ""
     #: The worker's address on the direct path, the socket's on a local one; empty when the gateway relays.
     worker_address: str = ""
     #: Seconds until the ticket in `metadata` expires; 0 if there is none.
