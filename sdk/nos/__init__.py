@@ -17,6 +17,7 @@ from nos import _fork as _fork  # before anything imports grpc
 from nos._version import __version__
 
 if TYPE_CHECKING:
+    from nos._profile import Profile
     from nos.aio import AsyncClient, AsyncModelHandle, AsyncStream
     from nos.authoring import model
     from nos.client import Client, ModelHandle, Stream, connect
@@ -43,6 +44,7 @@ __all__ = [
     "ModelInfo",
     "ModelSpec",
     "NosError",
+    "Profile",
     "Result",
     "Status",
     "Stream",
@@ -68,6 +70,7 @@ _HOMES = {
     "ModelInfo": "nos.types",
     "ModelSpec": "nos.types",
     "NosError": "nos.errors",
+    "Profile": "nos._profile",
     "Result": "nos.types",
     "Status": "nos.types",
     "Stream": "nos.client",

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nos import _address, _control, _registering, _tokens
+from nos import _address, _control, _profile, _registering, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
 from nos._link import GRACE_S, out_of_time
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from nos._control import Rpc
     from nos._link import Call, Flow
+    from nos._profile import Profile
     from nos._tokens import NewToken, TokenList
     from nos.types import Event, LogLine, Memory, ModelChange, ModelInfo, ModelList, Result, Status
     from nos.wire.v1 import models_pb2
@@ -129,6 +130,10 @@ class AsyncClient:
     async def unload(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """See `Client.unload`."""
         return await _answer(self._engine, _control.unload(name), timeout_s)
+
+    async def profile(self, name: str, *, timeout_s: float | None = None) -> Profile:
+        """See `Client.profile`."""
+        return await _answer(self._engine, _profile.get(name), timeout_s)
 
     async def logs(
         self, name: str, *, max_lines: int = 0, timeout_s: float | None = None

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, Final
 
-from nos import _address, _control, _registering, _tokens
+from nos import _address, _control, _profile, _registering, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
 from nos._stream import Policy, StreamCore, flow_of
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from nos._link import Call, Flow
+    from nos._profile import Profile
     from nos._tokens import NewToken, TokenList
     from nos.types import Event, LogLine, Memory, ModelChange, ModelInfo, ModelList, Result, Status
     from nos.wire.v1 import models_pb2
@@ -136,6 +137,16 @@ class Client:
     def unload(self, name: str, *, timeout_s: float | None = None) -> ModelInfo:
         """Take a model off its devices, after its work in flight."""
         return self._engine.wait(_control.unload(name), timeout_s)
+
+    def profile(self, name: str, *, timeout_s: float | None = None) -> Profile:
+        """Return what a model needs by batch size; it is loaded and measured if that is not known.
+
+        Raises:
+            InvalidRequestError: If nothing can be measured; a model whose signature leaves sizes open is
+                measured with its first call.
+            UnavailableError: If the device is busy for too long.
+        """
+        return self._engine.wait(_profile.get(name), timeout_s)
 
     def logs(
         self, name: str, *, max_lines: int = 0, timeout_s: float | None = None

@@ -27,6 +27,8 @@ class FakeCluster:
         self.loads = []
         self.loaded = {}
         self.revoked = []
+        #: Serialized profiles by key.
+        self.profiled = {}
         #: Limits by key.
         self.scaled = {}
         self.retired = []
@@ -59,6 +61,9 @@ class FakeCluster:
         self.loaded.pop(key, None)
         self.tell("unloaded", key)
 
+    async def profiles(self, key):
+        return [raw for raw in [self.profiled.get(key)] if raw]
+
     async def logs(self, key, max_lines):
         return {}
 
@@ -74,6 +79,7 @@ class FakeCluster:
                 "num_answered": 3,
                 "load_s": 0.5,
                 "error": "",
+                "profile": "ready" if key in self.profiled else "none",
             }
             for key, definition in self.loaded.items()
         ]

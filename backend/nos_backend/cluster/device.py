@@ -30,6 +30,8 @@ class WorkerSettings:
     """Models on the device at once; 0 means as many as fit. `NOS_WORKER_MAX_MODELS`."""
     idle_unload_s: float = 0.0
     """Models leave after so long without use; 0 means never for that. `NOS_WORKER_IDLE_UNLOAD_S`."""
+    profile_s: float = 2.0
+    """Seconds that measuring a model's needs may take; 0 measures nothing. `NOS_WORKER_PROFILE_S`."""
     host_bytes: int | None = None
     """Bytes for copies in main memory; None means no limit. `NOS_WORKER_HOST_BYTES`."""
     weights_dir: str = ""

@@ -244,6 +244,15 @@ class ClusterLink:
             for worker, lines in reply["logs"].items()
         }
 
+    async def profiles(self, key: str) -> list[bytes]:
+        """Return what workers measured of a model, each a serialized `nos.v1.Profile`.
+
+        Raises:
+            UnavailableError: If the scheduler does not answer.
+        """
+        reply = await self._ask("nos_profiles", key=key)
+        return [bytes(profile) for profile in reply["profiles"]]
+
     async def state(self) -> dict[str, Any]:
         """Return how the cluster stands, as plain containers.
 

@@ -83,6 +83,7 @@ class ServePlane(SchedulerPlugin):
         scheduler.handlers["nos_retire"] = self.retire
         scheduler.handlers["nos_state"] = self.state
         scheduler.handlers["nos_logs"] = self.logs
+        scheduler.handlers["nos_profiles"] = self.profiles
         self._stock_target = scheduler.adaptive_target
         # Both: `cluster.adapt()` in this process asks the method, everybody else the handler.
         scheduler.adaptive_target = self.adaptive_target  # type: ignore[method-assign]
@@ -197,6 +198,13 @@ class ServePlane(SchedulerPlugin):
             if reply.get("lines"):
                 found[str(self._scheduler.workers[address].name)] = reply["lines"]
         return {"logs": found}
+
+    async def profiles(self, key: str) -> dict[str, Any]:
+        """Return what workers measured of a model, each a serialized `nos.v1.Profile`."""
+        replies = await asyncio.gather(
+            *(self._command(address, "nos_profile", key=key) for address in self._serving())
+        )
+        return {"profiles": [reply["profile"] for reply in replies if reply.get("profile")]}
 
     async def state(self) -> dict[str, Any]:
         """Return workers and models as plain containers; the form stands at `ClusterLink.state`."""

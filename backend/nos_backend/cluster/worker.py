@@ -111,6 +111,7 @@ class HostPlugin(WorkerPlugin):
         worker.handlers["nos_unload"] = self.unload
         worker.handlers["nos_state"] = self.state
         worker.handlers["nos_logs"] = self.logs
+        worker.handlers["nos_profile"] = self.profile
 
     async def teardown(self, worker: Worker) -> None:
         """Finish what is in flight, then stop the data plane and the executors."""
@@ -161,6 +162,14 @@ class HostPlugin(WorkerPlugin):
         await self._refresh()
         return self._status
 
+    async def profile(self, key: str) -> dict[str, Any]:
+        """Return what was measured of a model: a serialized `nos.v1.Profile`, empty if nothing was."""
+
+        async def read() -> bytes:
+            return self._manager.profile(key)
+
+        return {"profile": await asyncio.wrap_future(self._plane.submit_coroutine(read))}
+
     async def logs(self, key: str, max_lines: int) -> dict[str, Any]:
         """Return the last lines that a model printed here."""
 
@@ -193,6 +202,7 @@ class HostPlugin(WorkerPlugin):
         from nos_backend.worker.environments import EnvironmentOptions, Environments
         from nos_backend.worker.manager import ModelManager
         from nos_backend.worker.memory import MemoryOptions
+        from nos_backend.worker.profiles import ProfileOptions
         from nos_backend.worker.surroundings import Probes
 
         settings, capacity_bytes = self._settings, self._settings.capacity_bytes
@@ -207,6 +217,9 @@ class HostPlugin(WorkerPlugin):
             host_bytes=settings.host_bytes,
             folder=Path(settings.weights_dir) if settings.weights_dir else None,
         )
+        profiles = None
+        if settings.profile_s:
+            profiles = ProfileOptions(self._device.product, settings.profile_s)
         environments = None
         if settings.environments_dir:
             folder = Path(settings.environments_dir)
@@ -216,6 +229,7 @@ class HostPlugin(WorkerPlugin):
             device=self._device.name,
             memory=memory,
             environments=environments,
+            profiles=profiles,
             on_event=self._tell,
             probes=Probes(device_room_bytes=partial(free_bytes, self._device.name, os.environ)),
         )

@@ -56,6 +56,10 @@ class Cluster(Protocol):
         """Return the last lines that a model printed, by worker."""
         ...
 
+    async def profiles(self, key: str) -> list[bytes]:
+        """Return what workers measured of a model."""
+        ...
+
     async def state(self) -> State:
         """Return how the cluster stands."""
         ...

@@ -70,6 +70,16 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         f"CREATE TRIGGER audit_never_changes BEFORE UPDATE ON audit {_FORGED}",
         f"CREATE TRIGGER audit_never_shrinks BEFORE DELETE ON audit {_FORGED}",
     ),
+    (
+        """CREATE TABLE profiles (
+            name TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            device TEXT NOT NULL,
+            product TEXT NOT NULL,
+            profile BLOB NOT NULL,
+            PRIMARY KEY (name, version, device, product)
+        ) WITHOUT ROWID""",
+    ),
 )
 
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})

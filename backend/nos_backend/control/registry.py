@@ -139,6 +139,16 @@ class Registry:
                 )
         return stored
 
+    def read_profiles(self) -> list[models_pb2.Profile]:
+        """Return what was measured of models; what cannot be read is measured again."""
+        found = []
+        for (raw,) in self._database.read("SELECT profile FROM profiles"):
+            try:
+                found.append(models_pb2.Profile.FromString(raw))
+            except DecodeError:
+                _logger.warning("a profile in the registry is damaged")
+        return found
+
     def read_tokens(self) -> list[StoredToken]:
         """Return the tokens that were not revoked, in order of creation; some may have expired."""
         return [
@@ -176,8 +186,25 @@ class Registry:
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM versions WHERE name = ?", (name,))
+            connection.execute("DELETE FROM profiles WHERE name = ?", (name,))
             connection.execute("UPDATE names SET is_deleted = 1 WHERE name = ?", (name,))
             _record(connection, actor, "delete", name)
+
+        await self._do(lambda: self._transact(work))
+
+    async def add_profile(self, profile: models_pb2.Profile) -> None:
+        """Keep what was measured of a version, in place of what was known for that kind of device.
+
+        Raises:
+            LimitExceededError: If the disk is full.
+            UnavailableError: If it cannot be written.
+        """
+        name, _, version = profile.model.rpartition("@v")
+        device = profile.device.partition(":")[0]
+        row = (name, int(version), device, profile.product, profile.SerializeToString())
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?, ?, ?)", row)
 
         await self._do(lambda: self._transact(work))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
@@ -50,8 +50,11 @@ class Resolver:
         cluster: Cluster,
         signer: TicketSigner,
         ticket_ttl_s: float = TICKET_TTL_S,
+        profiles: Callable[[str], list[bytes]] = lambda _: [],
     ) -> None:
         self.ticket_ttl_s = ticket_ttl_s
+        #: What was measured of a version before, by key.
+        self._profiles = profiles
         self._catalogue = catalogue
         self._cluster = cluster
         self._signer = signer
@@ -173,7 +176,8 @@ class Resolver:
         key, asked_s = version.key, time.monotonic()
         self._changed.discard(key)
         try:
-            placements = tuple(await self._cluster.load(version.definition))
+            definition = replace(version.definition, profiles=self._profiles(key))
+            placements = tuple(await self._cluster.load(definition))
         finally:
             del self._loading[key]
         if key not in self._changed:

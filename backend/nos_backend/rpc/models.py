@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nos_backend.control.cluster import StateCache
     from nos_backend.control.events import Events
     from nos_backend.control.folders import FolderStore
+    from nos_backend.control.profiles import Profiles
     from nos_backend.control.registrar import Registrar
     from nos_backend.control.resolver import Resolver
     from nos_backend.rpc.guard import Context
@@ -56,6 +57,7 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         states: StateCache,
         resolver: Resolver,
         events: Events,
+        profiles: Profiles,
     ) -> None:
         self._catalogue = catalogue
         self._registrar = registrar
@@ -63,6 +65,7 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         self._states = states
         self._resolver = resolver
         self._events = events
+        self._profiles = profiles
 
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
@@ -196,6 +199,14 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         ]
         lines.sort(key=lambda line: line.time_s)
         return models_pb2.GetLogsResponse(lines=lines[-request.max_lines or None :])
+
+    async def GetProfile(
+        self, request: models_pb2.GetProfileRequest, context: Context
+    ) -> models_pb2.GetProfileResponse:
+        """Say what a model needs."""
+        version = self._catalogue.find(request.model)
+        profile = await self._profiles.get(version, self._resolver)
+        return models_pb2.GetProfileResponse(profile=profile)
 
     async def WatchModels(
         self, request: models_pb2.WatchModelsRequest, context: Context

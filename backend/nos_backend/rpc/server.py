@@ -209,6 +209,7 @@ class GatewayServer:
             await self._health.set(name, state)
 
     def _on_cluster_event(self, event: ClusterEvent) -> None:
+        self._profiles.on_event(event)
         for placement in self._resolver.on_event(event):
             self._channels.retire(placement.address)
         self._events.tell(

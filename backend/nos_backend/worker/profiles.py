@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import math
 import os
@@ -55,6 +56,7 @@ _POLL_S: Final = 0.02
 _PATIENCE_S: Final = 60.0
 #: What a process takes on a device that is not the CPU before it has a model.
 _CONTEXT_BYTES: Final = 1 << 30
+_DIGEST_CHARACTERS: Final = 12
 _NONSENSE: Final = "an executor told nonsense about a model"
 
 
@@ -133,7 +135,7 @@ class Profiles:
         for raw in entry.definition.profiles:
             with contextlib.suppress(DecodeError):
                 profile = models_pb2.Profile.FromString(raw)
-                if self._is_ours(profile, entry.key):
+                if self._is_ours(profile, entry):
                     self._records[entry.key] = _Record(entry, {}, profile=profile)
                     self._on_profile(entry, profile)
 
@@ -210,13 +212,18 @@ class Profiles:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _is_ours(self, profile: models_pb2.Profile, key: str) -> bool:
+    def _versions_of(self, entry: Entry) -> dict[str, str]:
+        """Return what figures depend on, the source included: a file's has always the same number."""
+        source = hashlib.sha256(entry.definition.source.encode()).hexdigest()
+        return {**self._versions, "source": source[:_DIGEST_CHARACTERS]}
+
+    def _is_ours(self, profile: models_pb2.Profile, entry: Entry) -> bool:
         return (
-            profile.model == key
+            profile.model == entry.key
             and profile.device.partition(":")[0] == self._device.partition(":")[0]
             and (self._options is None or profile.product == self._options.product)
             and profile.engine == ENGINE
-            and dict(profile.versions) == self._versions
+            and dict(profile.versions) == self._versions_of(entry)
         )
 
     async def _work(self, record: _Record, options: ProfileOptions) -> None:
@@ -298,7 +305,7 @@ class Profiles:
             device=self._device,
             product=product,
             engine=ENGINE,
-            versions=self._versions,
+            versions=self._versions_of(entry),
             time_s=time.time(),
             weight_bytes=entry.weight_bytes,
             methods=[known[item.name] for item in entry.spec.methods if item.name in known],
