@@ -7,6 +7,7 @@ children; gRPC's own asyncio stack is not used: it supports one event loop per p
 from __future__ import annotations
 
 import asyncio
+import operator
 import os
 import threading
 from collections import deque
@@ -325,7 +326,8 @@ class AsyncMethod(MethodCore):
         if progress:
             from tqdm.auto import tqdm  # picks the notebook's bar; not needed otherwise
 
-            bar = tqdm(desc=self._spec.name, unit="call")
+            total = operator.length_hint(items) or None
+            bar = tqdm(total=total, desc=self._spec.name, unit="call")
         calls: deque[Call] = deque()
         try:
             async for item in _each(items):

@@ -10,8 +10,8 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
-import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -28,10 +28,9 @@ from nos.errors import ConfigError, InvalidRequestError, NosError
 from nos.wire import local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from nos.client import Stream
-    from nos.types import _Table
+    from nos.types import Result, _Table
 
 _FAILED: Final = 1
 _USAGE: Final = 2
@@ -179,30 +178,36 @@ def run(
 @app.command()
 def stream(
     model: Model,
-    files: Annotated[list[Path], typer.Argument(help="One frame each: images, .npy or text files")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Images, .npy or text files, one frame each; or one video; or camera, camera:1",
+        ),
+    ],
     method: Method = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Make a video of the results, which are pictures"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Send files as frames of a stream, and print a line for each result."""
-    num_failed = 0
+    """Send files or a video as frames of a stream; print a line for each result, or make a video of them."""
+    from nos import _cli_stream
+
+    def say(seq: int, result: Result) -> None:
+        name = source.name(seq)
+        if not as_json:
+            _print(f"{name}: {result.error or to_line(result.value)}")
+            return
+        outcome = {"error": _fields(result.error)} if result.error else {}
+        outcome = outcome or {"value": to_json(result.value)}
+        _print_json({"file": name, **outcome, "timings": to_json(result.timings)}, indent=None)
+
     with _Place.connect() as client:
-        found = client.model(model)
-        chosen = found.method(method)
-        with found.stream(method) as frames:
-            sender = _Sender(frames, files, lambda path: parse_input(str(path), chosen.info))
-            sender.start()
-            for result in _progress(frames, len(files)):
-                path = str(files[result.seq - 1])
-                if result.error is not None:
-                    num_failed += 1
-                if as_json:
-                    said = {"error": _fields(result.error)} if result.error else {}
-                    said = said or {"value": to_json(result.value)}
-                    timings = to_json(result.timings)
-                    _print_json({"file": path, **said, "timings": timings}, indent=None)
-                else:
-                    _print(f"{path}: {result.error or to_line(result.value)}")
-            sender.check()
+        chosen = client.model(model).method(method)
+        with closing(_cli_stream.Source(sources, chosen.info)) as source:
+            num_failed = _cli_stream.run(chosen, source, out, say)
     if num_failed:
         raise typer.Exit(_FAILED)
 
@@ -390,43 +395,6 @@ def _write(result: Any, path: Path) -> None:
     else:
         text = result if isinstance(result, str) else json.dumps(to_json(result))
         path.write_text(text, encoding="utf-8")
-
-
-def _progress(frames: Stream, total: int) -> Iterator[Any]:
-    if not sys.stderr.isatty():
-        yield from frames
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="frame", file=sys.stderr) as bar:
-        for result in frames:
-            yield result
-            if not result.more:
-                bar.update()
-
-
-class _Sender(threading.Thread):
-    """Sends frames while the results are read."""
-
-    def __init__(self, frames: Stream, files: Sequence[Path], read: Any) -> None:
-        super().__init__(name="nos-sender", daemon=True)
-        self._frames, self._files, self._read = frames, files, read
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            for path in self._files:
-                self._frames.send(self._read(path))
-        except (NosError, OSError) as error:
-            self._error = error
-        finally:
-            self._frames.finish()
-
-    def check(self) -> None:
-        """Raise what stopped the sending."""
-        self.join()
-        if self._error is not None:
-            raise self._error
 
 
 def _follow(path: Path, offsets: dict[Path, int]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, Final
 
 from nos import _address, _control, _profile, _registering, _tokens
@@ -376,8 +376,7 @@ class Method(MethodCore):
         if progress:
             from tqdm.auto import tqdm  # picks the notebook's bar; not needed otherwise
 
-            total = len(items) if isinstance(items, Sized) else None
-            bar = tqdm(total=total, desc=self._spec.name, unit="call")
+            bar = tqdm(total=operator.length_hint(items) or None, desc=self._spec.name, unit="call")
         calls: deque[Call] = deque()
         try:
             with bar:
