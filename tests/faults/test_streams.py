@@ -1,25 +1,29 @@
 """Row D7: a stream outlives what it runs on; only frames in flight are lost, and each says so."""
 
 import contextlib
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import nos
+import numpy as np
 import psutil
 import pytest
-from nos.errors import NosError, UnavailableError
+from nos import _control
+from nos._session import Session
+from nos.errors import NosError
 
-from tests.servers import FAKE_MODELS, start_server, wait_for
+from tests.faults.streaming import WINDOW, Sender
+from tests.servers import FAKE_MODELS, ROOT, start_server, wait_for
 
 NUM_STREAMS = 8
-#: What each frame asks the model to sleep, and what it answers.
-FRAME_S = 0.005
-#: The server's window.
-WINDOW = 16
 
 
 @pytest.fixture(scope="module")
@@ -34,61 +38,6 @@ def server(tmp_path_factory):
 
 def connect(server, via="auto"):
     return nos.connect(server.address, token_file=server.token_file, via=via)
-
-
-class Sender:
-    """One stream for the whole fault, a thread that sends, and one that counts the ends."""
-
-    def __init__(self, client, model):
-        self.stream = client.model(model).stream(max_pending=WINDOW)
-        self.num_sent = 0
-        #: By frame: its value or its error; a second end would be seen here.
-        self.ends = {}
-        self.doubled = []
-        self.broken = None
-        self.stopping = threading.Event()
-        self.threads = [threading.Thread(target=run) for run in (self.send, self.receive)]
-        for thread in self.threads:
-            thread.start()
-
-    def send(self):
-        while not self.stopping.is_set():
-            try:
-                self.stream.send(FRAME_S)
-            except NosError as error:
-                self.broken = error
-                break
-            self.num_sent += 1
-        self.stream.finish()
-
-    def receive(self):
-        for result in self.stream:
-            if result.seq in self.ends:
-                self.doubled.append(result.seq)
-            self.ends[result.seq] = result.error or result.value
-
-    @property
-    def num_results(self):
-        return sum(not isinstance(end, NosError) for end in list(self.ends.values()))
-
-    def stop(self):
-        self.stopping.set()
-        for thread in self.threads:
-            thread.join(60)
-        assert not any(thread.is_alive() for thread in self.threads)
-        self.stream.close()
-
-    def check(self, num_faults):
-        """Row A6 for this stream: every frame has one end, in order, and few are errors."""
-        assert self.broken is None
-        assert self.doubled == []
-        assert list(self.ends) == list(range(1, self.num_sent + 1))
-        errors = [end for end in self.ends.values() if isinstance(end, NosError)]
-        assert all(isinstance(error, UnavailableError) for error in errors), errors
-        assert all(error.retryable for error in errors)
-        assert len(errors) <= num_faults * WINDOW
-        assert self.num_results + len(errors) == self.num_sent
-        return len(errors)
 
 
 @contextlib.contextmanager
@@ -230,3 +179,177 @@ calls[-1].result()
 def num_pending(server):
     """Return how many frames wait or run at the workers."""
     return sum(worker.num_queued + worker.num_running for worker in workers(server).values())
+
+
+class Client:
+    """A client that streams in a process of its own."""
+
+    def __init__(self, stack, server, via, address="", prefix=()):
+        program = [sys.executable, "-m", "tests.faults.streaming"]
+        place = [address or server.address, str(server.token_file), via, "fake/slow"]
+        self.process = stack.enter_context(
+            subprocess.Popen(
+                [*prefix, *program, *place],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+        )
+        stack.callback(self.process.kill)
+
+    def flows(self):
+        before = self.num_results()
+        wait_for(lambda: self.num_results() > before + 3, "the client's stream flows", 60)
+
+    def num_results(self):
+        self.process.stdin.write("results\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def stop(self):
+        """End it; return how many frames it lost, after its own check of row A6."""
+        self.process.stdin.close()
+        said = self.process.stdout.readline()
+        assert self.process.wait(60) == 0
+        return json.loads(said)["lost"]
+
+
+@pytest.mark.accept("D2", "A6")
+def test_stuck_clients_are_cut_and_others_are_served(server, accept):
+    """Two that never read and three that are stopped."""
+    item = np.zeros(4 << 20, np.uint8)
+    with traffic(server, "auto", num_streams=2) as senders, contextlib.ExitStack() as stack:
+        stopped = [Client(stack, server, via) for via in ("local", "direct", "relay")]
+        for client in stopped:
+            client.flows()
+        num_good = len(senders)
+        wait_for(lambda: num_streams(server) == num_good + 3, "nobody else is there", 60)
+        bytes_before = own_bytes(server)
+        stack.enter_context(unread_stream(server, "local", "repeat", (item, 1000), 1))
+        stack.enter_context(unread_stream(server, "relay", "__call__", (item,), WINDOW))
+        wait_for(lambda: num_streams(server) == num_good + 5, "all are there", 60)
+        since_s = time.monotonic()
+        for client in stopped:
+            client.process.send_signal(signal.SIGSTOP)
+        flows(senders)
+        wait_for(lambda: num_streams(server) == num_good, "the stuck are cut", 60)
+        accept.figure(time.monotonic() - since_s, 16.5, "s until stuck clients are cut")
+        assert own_bytes(server) - bytes_before < 6 * WINDOW * item.nbytes
+        flows(senders)
+        for client in stopped:
+            client.process.send_signal(signal.SIGCONT)
+            client.flows()
+        assert sum(client.stop() for client in stopped) > 0
+    assert [sender.check(num_faults=0) for sender in senders] == [0, 0]
+
+
+@contextlib.contextmanager
+def unread_stream(server, via, method, arguments, num_frames):
+    """Send frames to `nos/echo` over a bare stream, and read nothing but the welcome."""
+    with connect(server, via) as client:
+        client._engine.wait(_control.load("nos/echo"))
+        duplex = client._engine._find_route("nos/echo", None).open()
+        session = Session(duplex.pack)
+        duplex.put(duplex.wrap(session.hello("test")))
+        messages = duplex.messages()
+        while not session.is_welcomed:
+            session.take(*next(messages))
+        for _ in range(num_frames):
+            call = client.model("nos/echo").method(method)._prepare(arguments, {}, None)
+            for message in session.send(call.frame)[1]:
+                duplex.put(message)
+        try:
+            yield
+        finally:
+            duplex.put(None)
+            duplex.cancel()
+
+
+class Link:
+    """A network link to a namespace of its own, and a port at this end of it that leads to the server."""
+
+    def __init__(self, stack, server):
+        if not shutil.which("ip") or os.geteuid():
+            pytest.skip("making a network namespace takes root and iproute2")
+        number = os.getpid() % 250
+        self.name, self.ends = f"nos{number}", (f"10.231.{number}.1", f"10.231.{number}.2")
+        try:
+            self.run("ip", "netns", "add", self.name)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
+        stack.callback(self.run, "ip", "netns", "del", self.name)
+        self.run("ip", "link", "add", self.name, "type", "veth", "peer", "name", "far")
+        self.run("ip", "link", "set", "far", "netns", self.name)
+        self.inside = ("ip", "netns", "exec", self.name)
+        for inside, device, end in (((), self.name, 0), (self.inside, "far", 1)):
+            self.run(*inside, "ip", "address", "add", f"{self.ends[end]}/30", "dev", device)
+            self.run(*inside, "ip", "link", "set", device, "up")
+        host, _, port = server.address.rpartition(":")
+        self.target = host, int(port)
+        self.listener = stack.enter_context(socket.create_server((self.ends[0], 0)))
+        self.address = f"{self.ends[0]}:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    @staticmethod
+    def run(*command):
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self.listener.accept()[0], socket.create_connection(self.target)
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self.forward, args=pair, daemon=True).start()
+
+    @staticmethod
+    def forward(source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def cut(self):
+        """Have packets vanish, both ways: they go to an address that nobody has."""
+        nobody = ("lladdr", "02:00:00:00:00:99", "nud", "permanent")
+        self.run("ip", "neigh", "replace", self.ends[1], "dev", self.name, *nobody)
+        self.run(*self.inside, "ip", "neigh", "replace", self.ends[0], "dev", "far", *nobody)
+
+    def mend(self):
+        self.run("ip", "neigh", "del", self.ends[1], "dev", self.name)
+        self.run(*self.inside, "ip", "neigh", "del", self.ends[0], "dev", "far")
+
+
+@pytest.mark.accept("D7", "A6")
+def test_a_link_that_swallows_everything_is_noticed_by_both_ends(server, accept):
+    with traffic(server, "auto", num_streams=1) as senders, contextlib.ExitStack() as stack:
+        link = Link(stack, server)
+        client = Client(stack, server, "auto", link.address, link.inside)
+        client.flows()
+        wait_for(lambda: num_streams(server) == 2, "nobody else is there", 60)
+        since_s = time.monotonic()
+        link.cut()
+        wait_for(lambda: num_streams(server) == 1, "the server notices", 60)
+        accept.figure(time.monotonic() - since_s, 16.0, "s until the server notices")
+        flows(senders)
+        link.mend()
+        client.flows()
+        assert client.stop() > 0
+    assert senders[0].check(num_faults=0) == 0
+
+
+def num_streams(server):
+    return sum(worker.num_streams for worker in workers(server).values())
+
+
+def own_bytes(server):
+    """Return the memory of the server's processes that is nobody else's."""
+    total = 0
+    for process in server.processes():
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            total += int(status.partition("RssAnon:")[2].split()[0]) << 10
+    return total
