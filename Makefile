@@ -13,7 +13,7 @@ PROTO_ENVIRONMENT := .venv-proto/.stamp
 # Weights that a model would otherwise fetch from its hub: one folder per model name.
 WEIGHTS := build/weights
 ROWS ?=
-SOAK_S ?= 600
+SOAK_S ?= 1200
 
 .PHONY: help demo test lint format types proto bench accept soak gpu-check clean
 
@@ -74,7 +74,7 @@ bench: $(ENVIRONMENT) ## Measure every hop beside a bare gRPC echo
 accept: $(ENVIRONMENT) ## Check the rows of docs/acceptance.md (ROWS=A,B4 for some of them)
 	@$(PY) -m pytest --accept='$(ROWS)' --quiet --no-header --durations=0
 
-soak: $(ENVIRONMENT) $(WEIGHTS) ## Keep a server under mixed load for SOAK_S seconds and watch its memory
+soak: $(ENVIRONMENT) $(WEIGHTS) ## Keep a server under load, kills and out-of-memory for SOAK_S seconds; prints a verdict
 	@NOS_WEIGHTS_DIR=$(abspath $(WEIGHTS)) $(PY) benchmarks/soak.py --seconds $(SOAK_S)
 
 gpu-check: ## Run the checks for a CUDA device with the python3 at hand; installs nothing
