@@ -19,7 +19,9 @@ FRESH_S = 30.0
 BUDGET_S = 0.15
 
 #: Commands whose first word is a model of the catalogue.
-MODEL_COMMANDS = frozenset({"info", "load", "unload", "run", "models"})
+MODEL_COMMANDS = frozenset(
+    {"info", "load", "unload", "run", "map", "models", "panel", "unregister"}
+)
 
 
 class NameCache:

@@ -7,47 +7,15 @@ and origin checks are Jupyter's, and no route accepts Python code.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
-import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from jupyter_server.auth.decorator import authorized
-from jupyter_server.base.handlers import APIHandler
 from jupyter_server.extension.application import ExtensionApp
-from jupyter_server.extension.handler import ExtensionHandlerMixin
 from tornado import web
-from traitlets import Unicode
+from traitlets import Bool, Integer, Unicode
 
 if TYPE_CHECKING:
-    import nos
-
-HEALTH_TIMEOUT_S = 2.0
-
-
-class HealthHandler(ExtensionHandlerMixin, APIHandler):
-    """Says whether the backend answers."""
-
-    _track_activity = False
-
-    @web.authenticated
-    @authorized("read", resource="nos")  # type: ignore[untyped-decorator]
-    async def get(self) -> None:
-        """Answer 200 with versions and latency, or 502 with a sentence."""
-        from nos.errors import NosError
-
-        try:
-            health = await asyncio.to_thread(cast("NosApp", self.extensionapp).check_health)
-        except NosError as error:
-            self.set_status(502)
-            self.finish({"message": f"backend: {error}"})
-            return
-        self.finish(health)
-
-
-#: Every route of ours, under the server's base URL.
-ROUTES = [(r"nos/api/v1/health", HealthHandler)]
+    from nos_jupyter.link import Link
 
 
 class NosApp(ExtensionApp):
@@ -63,14 +31,52 @@ class NosApp(ExtensionApp):
     token_file = Unicode("", help="File with the backend's token; empty: as the SDK finds it.").tag(
         config=True
     )
+    max_streams = Integer(8, help="How many live streams pages may have open at once.").tag(
+        config=True
+    )
+    allow_control = Bool(
+        True, help="Whether pages may load and unload models, and start and stop a local backend."
+    ).tag(config=True)
+    dask_dashboard = Bool(
+        False,
+        help=(
+            "Whether to show the backend's Dask dashboard under nos/dask/. Its scripts run as pages of this "
+            "server: trust the backend as you trust a kernel."
+        ),
+    ).tag(config=True)
 
-    _lock: threading.Lock
-    #: The connection to the backend; made on first use; under the lock.
-    _client: nos.Client | None = None
+    #: The connection to the backend; made on first use.
+    _link: Link | None = None
+    #: Live streams that are open.
+    num_streams = 0
+
+    @property
+    def link(self) -> Link:
+        """The connection to the backend."""
+        from nos_jupyter.link import Link
+
+        if self._link is None:
+            self._link = Link(self.address, self.token_file)
+        return self._link
+
+    def features(self) -> list[str]:
+        """Return what pages can use here."""
+        switched = {"control": self.allow_control, "dask": self.dask_dashboard}
+        return ["events", "stream", *(name for name, is_on in switched.items() if is_on)]
+
+    def check_control(self, *, is_local: bool = False) -> None:
+        """Refuse where control is off; and starting or stopping where the backend is another's.
+
+        Raises:
+            HTTPError: 403 or 409, with a sentence.
+        """
+        if not self.allow_control:
+            raise web.HTTPError(403, "c.NosApp.allow_control is off")
+        if is_local and self.address:
+            raise web.HTTPError(409, f"this server uses the backend at {self.address}")
 
     def initialize_settings(self) -> None:
         """Hand the configured backend to kernels; what the user's environment says goes first."""
-        self._lock = threading.Lock()
         if not self.address or "NOS_ADDRESS" in os.environ:
             # Never this backend's token for another's address.
             return
@@ -80,53 +86,11 @@ class NosApp(ExtensionApp):
 
     def initialize_handlers(self) -> None:
         """Add the routes."""
+        from nos_jupyter.routes import ROUTES
+
         self.handlers.extend(ROUTES)
-
-    def check_health(self) -> dict[str, Any]:
-        """Ask the backend how it is. Blocks for some seconds at most; called in a thread.
-
-        Raises:
-            NosError: If it does not answer.
-        """
-        from nos.errors import NosError
-
-        with self._lock:
-            is_new = self._client is None
-            try:
-                return self._ask_health()
-            except NosError:
-                self._close_client()
-                if is_new:
-                    raise
-            # A backend that was restarted has another token, and maybe another port.
-            return self._ask_health()
-
-    def _ask_health(self) -> dict[str, Any]:
-        import nos
-
-        if self._client is None:
-            self._client = nos.connect(
-                self.address or None,
-                token_file=self.token_file or None,
-                timeout_s=HEALTH_TIMEOUT_S,
-            )
-        begin_s = time.monotonic()
-        status = self._client.status()
-        return {
-            "version": nos.__version__,
-            "backend": {
-                "version": status.version,
-                "state": status.state,
-                "latency_s": round(time.monotonic() - begin_s, 6),
-            },
-            "features": [],
-        }
 
     async def stop_extension(self) -> None:
         """Close the connection to the backend."""
-        await asyncio.to_thread(self._close_client)
-
-    def _close_client(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        if self._link is not None:
+            await self._link.drop()

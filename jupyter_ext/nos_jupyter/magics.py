@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import nos
@@ -19,12 +18,13 @@ from IPython.core.magic import (
     no_var_expand,
     output_can_be_silenced,
 )
-from nos.errors import ModelError, NosError, UnauthenticatedError
+from nos.errors import InvalidRequestError, ModelError, NosError, UnauthenticatedError
 from nos.types import ModelList
 
 from nos_jupyter import arguments, views
 from nos_jupyter.completion import NameCache, matcher
 from nos_jupyter.progress import Progress
+from nos_jupyter.sources import class_names, compile_source
 
 if TYPE_CHECKING:
     import argparse
@@ -128,7 +128,7 @@ class NosMagics(Magics):
             self._last_failure = error
             text = str(error)
             if isinstance(error, ModelError) or "\n" in text:
-                text = f"{without_traceback(text)}. %nos debug shows the traceback"
+                text = f"{views.without_traceback(text)}. %nos debug shows the traceback"
             show_in_one_line(error, text)
             raise
         except KeyboardInterrupt as error:
@@ -187,8 +187,7 @@ class NosMagics(Magics):
         namespace = self._shell.user_ns
         values = [arguments.value(word, namespace) for word in options.values]
         named = arguments.named_values(options.input, namespace)
-        if options.out and not options.out.isidentifier():
-            raise UsageError(f"-o expects a variable's name, got {options.out!r}")
+        _check_name(options.out)
         if cell is not None:
             values.insert(0, cell.strip())
         handle = self._ask(lambda client: client.model(options.model))
@@ -203,6 +202,53 @@ class NosMagics(Magics):
         if options.out:
             namespace[options.out] = value
         return result
+
+    def _map(self, options: argparse.Namespace) -> Any:
+        items = arguments.value(options.items, self._shell.user_ns)
+        if isinstance(items, str) or not isinstance(items, Iterable):
+            raise UsageError(f"ITEMS expects a list or an array, got {type(items).__name__}")
+        _check_name(options.out)
+        handle = self._ask(lambda client: client.model(options.model))
+        results: list[Any] = []
+        begin_s = time.monotonic()
+        try:
+            for value in handle.map(
+                items, method=options.method or None, progress=True, timeout_s=options.timeout
+            ):
+                results.append(value)  # noqa: PERF402 - what came before an interrupt is kept
+        finally:
+            if options.out:
+                self._shell.user_ns[options.out] = results
+        return views.MapResult(options.model, results, time.monotonic() - begin_s)
+
+    def _panel(self, options: argparse.Namespace) -> Any:
+        from nos_jupyter.widgets import InferencePanel
+
+        info = self._ask(lambda client: client.info(options.model))
+        return InferencePanel(info.name, self.connect)
+
+    def _browse(self, _: argparse.Namespace) -> Any:
+        from nos_jupyter.widgets import ModelBrowser
+
+        self.client()
+        return ModelBrowser(self.connect)
+
+    def _register(self, options: argparse.Namespace) -> Any:
+        if options.value is None:
+            from nos_jupyter.widgets import RegisterModel
+
+            return RegisterModel(source=self.connect)
+        value = arguments.value(options.value, self._shell.user_ns)
+        wanted = {name: getattr(options, name) for name in ("name", "device", "isolation")}
+        fields = {name: value for name, value in wanted.items() if value}
+        info = self._ask(lambda client: client.register(value, **fields))
+        self.cache.forget()
+        return info
+
+    def _unregister(self, options: argparse.Namespace) -> Any:
+        self._ask(lambda client: client.unregister(options.model))
+        self.cache.forget()
+        return views.Message(f"{options.model} is unregistered")
 
     def _mem(self, options: argparse.Namespace) -> Any:
         if options.watch:
@@ -248,6 +294,11 @@ class NosMagics(Magics):
         parser.print_help()
 
 
+def _check_name(out: str | None) -> None:
+    if out and not out.isidentifier():
+        raise UsageError(f"-o expects a variable's name, got {out!r}")
+
+
 def find_class(source: str, source_name: str, wanted: str | None) -> str:
     """Compile a cell and say which of its classes is the model.
 
@@ -260,16 +311,9 @@ def find_class(source: str, source_name: str, wanted: str | None) -> str:
         UsageError: If it does not compile, or leaves open which class is meant.
     """
     try:
-        tree = ast.parse(source, source_name)
-        compile(tree, source_name, "exec", dont_inherit=True)
-    except SyntaxError as error:
-        code = (error.text or "").strip()
-        raise UsageError(
-            f"the cell does not compile: line {error.lineno}: {error.msg}: {code}"
-        ) from None
-    except ValueError as error:
-        raise UsageError(f"the cell does not compile: {error}") from None
-    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+        names = class_names(compile_source(source, source_name))
+    except InvalidRequestError as error:
+        raise UsageError(f"the cell {error}") from None
     if wanted is not None:
         if wanted not in names:
             raise UsageError(f"the cell defines no class {wanted!r} at its top level")
@@ -281,12 +325,6 @@ def find_class(source: str, source_name: str, wanted: str | None) -> str:
     raise UsageError(
         f"the cell defines {', '.join(names)}; say which is the model with --class NAME"
     )
-
-
-def without_traceback(text: str) -> str:
-    """Return a message without the traceback in it: how it begins, and what was raised."""
-    first, *others = text.strip().rstrip(".").splitlines()
-    return f"{first.partition(':')[0]}: {others[-1].strip()}" if others else first
 
 
 def show_in_one_line(error: BaseException, text: str) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MIN_IMAGE_SIDE, MAX_IMAGE_SIDE = 8, 2048
 _KIB = 1024
+_SHOWN_RESULTS = 10
+_BRIEF_TEXT = 100
 _PLANE = 2
 #: PNG's colour type by number of channels.
 _COLOR_TYPES = {1: 0, 3: 2, 4: 6}
@@ -151,6 +153,27 @@ class RunResult:
         return {"text/plain": f"{bundle['text/plain']}\n{note}", "text/html": html + small}
 
 
+@dataclass(frozen=True, slots=True)
+class MapResult:
+    """What a model gave for each item, and how long that took."""
+
+    model: str
+    values: list[Any]
+    total_s: float
+    """From the first call until the last value was here."""
+
+    def _repr_mimebundle_(self, **_: object) -> MimeBundle:
+        rate = len(self.values) / max(self.total_s, 1e-9)
+        note = f"{self.model}: {len(self.values)} results in {self.total_s:.2f} s, {rate:.0f} per s"
+        rows = [
+            (str(index), _brief(value)) for index, value in enumerate(self.values[:_SHOWN_RESULTS])
+        ]
+        more = len(self.values) - len(rows)
+        if more:
+            rows.append(("", f"and {more} more"))
+        return Table(("", "result"), tuple(rows), note)._repr_mimebundle_()
+
+
 def value_bundle(value: Any) -> MimeBundle:
     """Return a value's forms: images as images, numbers by name as a table, arrays with their shape first."""
     if hasattr(value, "_repr_mimebundle_"):
@@ -167,6 +190,13 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool) or value is None
 
 
+def _brief(value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.size > 1:
+        return f"{value.dtype} array {value.shape}"
+    text = repr(value.item() if isinstance(value, np.ndarray) else value)
+    return text if len(text) <= _BRIEF_TEXT else f"{text[:_BRIEF_TEXT]}…"
+
+
 def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -174,19 +204,28 @@ def _short(value: Any) -> str:
 def _array_bundle(array: np.ndarray[Any, Any]) -> MimeBundle:
     preview = np.array2string(array, threshold=20, edgeitems=3, precision=4)
     bundle: MimeBundle = {"text/plain": f"{array.dtype} {array.shape}\n{preview}"}
-    if _is_image(array):
+    if is_image(array):
         bundle["image/png"] = encode_png(array)
     return bundle
 
 
-def _is_image(array: np.ndarray[Any, Any]) -> bool:
+def is_image(array: np.ndarray[Any, Any], most: int = MAX_IMAGE_SIDE) -> bool:
+    """Say whether an array is shown as a picture: uint8, (height, width) or with 1, 3 or 4 channels.
+
+    Args:
+        array: What may be one.
+        most: Its longest side.
+    """
     if array.dtype != np.uint8 or array.ndim < _PLANE:
         return False
     is_pixels = array.shape[2:] == () or array.shape[2:] in {(n,) for n in _COLOR_TYPES}
-    return (
-        is_pixels
-        and MIN_IMAGE_SIDE <= min(array.shape[:2]) <= max(array.shape[:2]) <= MAX_IMAGE_SIDE
-    )
+    return is_pixels and MIN_IMAGE_SIDE <= min(array.shape[:2]) <= max(array.shape[:2]) <= most
+
+
+def without_traceback(text: str) -> str:
+    """Return a message without the traceback in it: how it begins, and what was raised."""
+    first, *others = text.strip().rstrip(".").splitlines()
+    return f"{first.partition(':')[0]}: {others[-1].strip()}" if others else first
 
 
 def encode_png(pixels: np.ndarray[Any, Any]) -> bytes:

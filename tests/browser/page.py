@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import nbformat
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import BrowserContext, Page, sync_playwright
 
 from tests.browser.lab import TOKEN, Jupyter
+from tests.servers import ROOT
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -22,7 +22,10 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
     "--disable-dev-shm-usage",
+    "--use-fake-ui-for-media-stream",
+    "--use-fake-device-for-media-stream=fps=30",
 ]
+SCREENSHOTS = ROOT / "build" / "screenshots"
 KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
 START_MS = 90_000
 
@@ -82,6 +85,22 @@ class Lab:
             )
         )
 
+    def start(self, server: Jupyter, name: str, cells: list[str]) -> None:
+        """Open a fresh notebook of these cells and run them all."""
+        write_notebook(server, name, cells)
+        self.open(server, name)
+        for _ in cells:
+            self.run_next()
+
+    def shoot(self, selector: str, name: str) -> None:
+        """Keep a picture of a widget for people to look at, light and dark."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        for theme in ("Dark", "Light"):
+            self.use_theme(f"JupyterLab {theme}")
+            self.page.wait_for_timeout(200)
+            path = SCREENSHOTS / f"{name}-{theme.lower()}.png"
+            self.page.locator(selector).first.screenshot(path=path)
+
     def use_theme(self, name: str) -> None:
         """Change Lab's theme, for instance to `JupyterLab Dark`."""
         self.page.evaluate(
@@ -92,8 +111,24 @@ class Lab:
         self.page.wait_for_selector(f"body[data-jp-theme-light='{is_light}']", state="attached")
 
 
+class Browser:
+    """A browser with the same window for every tab."""
+
+    def __init__(self, context: BrowserContext) -> None:
+        self.context = context
+
+    @contextmanager
+    def tab(self) -> Iterator[Lab]:
+        """Open a tab; it is closed behind the test, and with it what its widgets follow."""
+        page = self.context.new_page()
+        try:
+            yield Lab(page)
+        finally:
+            page.close()
+
+
 @contextmanager
-def lab(folder: Path, **options: Any) -> Iterator[Lab]:
+def browser(folder: Path) -> Iterator[Browser]:
     """Open a browser with its profile in `folder`."""
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
@@ -102,9 +137,9 @@ def lab(folder: Path, **options: Any) -> Iterator[Lab]:
             headless=True,
             args=ARGUMENTS,
             viewport={"width": 1100, "height": 900},
-            **options,
         )
+        context.set_default_timeout(60_000)
         try:
-            yield Lab(context.new_page())
+            yield Browser(context)
         finally:
             context.close()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.browser.lab import Jupyter, free_port, jupyter
-from tests.browser.page import Lab, lab, write_notebook
-from tests.servers import ROOT, Server, start_server
+from tests.browser.lab import Jupyter
+from tests.browser.page import Lab, write_notebook
+from tests.servers import Server
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
 
-SCREENSHOTS = ROOT / "build" / "screenshots"
 WEIGHT_BYTES = 8 << 20
 REGISTER = f"""%%nos model me/heavy
 import torch
@@ -41,63 +38,38 @@ COLORED = """() => {
 }"""
 
 
-@pytest.fixture
-def jupyter_lab(tmp_path: Path, server: Server) -> Iterator[Jupyter]:
-    """A JupyterLab whose server extension hands the run's server to its kernels."""
-    with jupyter(tmp_path, *flags_for(server), app="lab") as running:
-        yield running
-
-
-def flags_for(server: Server) -> tuple[str, ...]:
-    return (
-        f"--NosApp.address={server.address}",
-        f"--NosApp.token_file={server.token_file}",
-        "--LabApp.expose_app_in_browser=True",
-    )
-
-
 def used_bytes(opened: Lab) -> int:
     return int(opened.page.locator(".nos-device").get_attribute("data-used-bytes") or 0)
 
 
-def shoot(opened: Lab, name: str) -> None:
-    """Keep a picture for people to look at."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    opened.page.locator(".nos-mem").screenshot(path=SCREENSHOTS / f"{name}.png")
-
-
 def test_a_cell_becomes_a_model_and_the_chart_shows_its_bytes(
-    jupyter_lab: Jupyter, server: Server, tmp_path: Path
+    jupyter_lab: Jupyter, server: Server, opened: Lab
 ) -> None:
     write_notebook(jupyter_lab, "watch.ipynb", CELLS)
-    with lab(tmp_path) as opened:
-        opened.open(jupyter_lab, "watch.ipynb")
-        page = opened.page
-        opened.run_next()
-        opened.run_next()
-        page.wait_for_selector(".nos-mem[data-state='live'] .nos-device[data-used-bytes]")
-        before = used_bytes(opened)
-        opened.run_next()
-        opened.run_next()
-        loaded_s = time.monotonic()
-        page.wait_for_selector(".nos-part-name:text-is('me/heavy')")
-        seen_s = time.monotonic() - loaded_s
-        opened.run_next()
-        assert page.locator(".jp-OutputArea-executeResult").last.inner_text().endswith("3.0")
-        assert used_bytes(opened) >= before + WEIGHT_BYTES
-        assert seen_s < 2
-        page.wait_for_function(f"() => ({COLORED})() > 20")
-        page.wait_for_timeout(3000)
-        shoot(opened, "memory-profile-light")
-        opened.use_theme("JupyterLab Dark")
-        shoot(opened, "memory-profile-dark")
-        opened.execute("%nos unload me/heavy")
-        page.wait_for_selector(".nos-part-name:text-is('me/heavy')", state="detached")
-        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-        page.wait_for_function(
-            "() => !window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=10_000
-        )
-    saved = (tmp_path / "notebooks" / "watch.ipynb").read_text()
+    opened.open(jupyter_lab, "watch.ipynb")
+    page = opened.page
+    opened.run_next()
+    opened.run_next()
+    page.wait_for_selector(".nos-mem[data-state='live'] .nos-device[data-used-bytes]")
+    before = used_bytes(opened)
+    opened.run_next()
+    opened.run_next()
+    loaded_s = time.monotonic()
+    page.wait_for_selector(".nos-part-name:text-is('me/heavy')")
+    seen_s = time.monotonic() - loaded_s
+    opened.run_next()
+    assert page.locator(".jp-OutputArea-executeResult").last.inner_text().endswith("3.0")
+    assert used_bytes(opened) >= before + WEIGHT_BYTES
+    assert seen_s < 2
+    page.wait_for_function(f"() => ({COLORED})() > 20")
+    opened.shoot(".nos-mem", "memory-profile")
+    opened.execute("%nos unload me/heavy")
+    page.wait_for_selector(".nos-part-name:text-is('me/heavy')", state="detached")
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    page.wait_for_function(
+        "() => !window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=10_000
+    )
+    saved = (jupyter_lab.log_path.parent / "notebooks" / "watch.ipynb").read_text()
     assert server.token not in saved
     assert "samples" not in saved
     (output,) = json.loads(saved)["cells"][1]["outputs"]
@@ -105,57 +77,31 @@ def test_a_cell_becomes_a_model_and_the_chart_shows_its_bytes(
 
 
 def test_a_key_pressed_on_the_chart_does_not_edit_the_notebook(
-    jupyter_lab: Jupyter, tmp_path: Path
+    jupyter_lab: Jupyter, opened: Lab
 ) -> None:
     write_notebook(jupyter_lab, "keys.ipynb", CELLS[:2])
-    with lab(tmp_path) as opened:
-        opened.open(jupyter_lab, "keys.ipynb")
-        opened.run_next()
-        opened.run_next()
-        opened.page.wait_for_selector(".nos-device")
-        before = opened.page.locator(".jp-Cell").count()
-        for selector in (".nos-button", ".nos-chart"):
-            opened.page.locator(selector).first.focus()
-            opened.page.keyboard.press("b")
-        assert opened.page.locator(".jp-Cell").count() == before
-        assert opened.page.locator(".nos-chart").get_attribute("aria-label")
+    opened.open(jupyter_lab, "keys.ipynb")
+    opened.run_next()
+    opened.run_next()
+    opened.page.wait_for_selector(".nos-device")
+    before = opened.page.locator(".jp-Cell").count()
+    for selector in (".nos-button", ".nos-chart"):
+        opened.page.locator(selector).first.focus()
+        opened.page.keyboard.press("b")
+    assert opened.page.locator(".jp-Cell").count() == before
+    assert opened.page.locator(".nos-chart").get_attribute("aria-label")
 
 
-def test_two_charts_of_one_notebook_do_not_mix(jupyter_lab: Jupyter, tmp_path: Path) -> None:
+def test_two_charts_of_one_notebook_do_not_mix(jupyter_lab: Jupyter, opened: Lab) -> None:
     write_notebook(jupyter_lab, "two.ipynb", [*CELLS[:2], CELLS[1]])
-    with lab(tmp_path) as opened:
-        opened.open(jupyter_lab, "two.ipynb")
-        opened.run_next()
-        opened.run_next()
-        opened.page.wait_for_function(
-            "() => document.querySelector('.nos-mem')?.dataset.samples > 6", timeout=20_000
-        )
-        opened.run_next()
-        opened.page.wait_for_function("() => document.querySelectorAll('.nos-device').length === 2")
-        first, second = (
-            int(opened.page.locator(".nos-mem").nth(at).get_attribute("data-samples") or 0)
-            for at in (0, 1)
-        )
-        assert first >= second + 5
-
-
-def test_a_backend_that_dies_is_said_and_found_again(tmp_path: Path) -> None:
-    port = str(free_port())
-    folder = tmp_path / "server"
-    folder.mkdir()
-    first = start_server(folder, "--port", port)
-    with jupyter(tmp_path, *flags_for(first), app="lab") as running, lab(tmp_path) as opened:
-        write_notebook(running, "dies.ipynb", CELLS[:2])
-        opened.open(running, "dies.ipynb")
-        opened.run_next()
-        opened.run_next()
-        opened.page.wait_for_selector(".nos-mem[data-state='live']")
-        first.stop()
-        opened.page.wait_for_selector(".nos-mem[data-state='lost']", timeout=15_000)
-        assert "retrying" in opened.page.locator(".nos-status").inner_text()
-        shoot(opened, "memory-profile-lost")
-        again = start_server(folder, "--port", port)
-        try:
-            opened.page.wait_for_selector(".nos-mem[data-state='live']", timeout=20_000)
-        finally:
-            again.stop()
+    opened.open(jupyter_lab, "two.ipynb")
+    opened.run_next()
+    opened.run_next()
+    opened.page.wait_for_function("() => document.querySelector('.nos-mem')?.dataset.samples > 6")
+    opened.run_next()
+    opened.page.wait_for_function("() => document.querySelectorAll('.nos-device').length === 2")
+    first, second = (
+        int(opened.page.locator(".nos-mem").nth(at).get_attribute("data-samples") or 0)
+        for at in (0, 1)
+    )
+    assert first >= second + 5

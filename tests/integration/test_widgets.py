@@ -56,8 +56,7 @@ def test_closing_ends_the_thread_at_once(client: nos.Client) -> None:
     profile = MemoryProfile(client)
     wait_for(lambda: profile.samples, "a sample")
     profile.close()
-    profile._thread.join(2)
-    assert not profile._thread.is_alive()
+    assert profile._follower.join(30)
 
 
 def test_no_backend_is_said_and_tried_again(client: nos.Client) -> None:
@@ -69,5 +68,5 @@ def test_no_backend_is_said_and_tried_again(client: nos.Client) -> None:
 
     profile = MemoryProfile(find)
     wait_for(lambda: len(attempts) > 1, "it tries again")
-    assert profile._state == ("lost", "backend unreachable, retrying: no server listens")
+    assert profile._follower.state == ("lost", "backend unreachable, retrying: no server listens")
     profile.close()

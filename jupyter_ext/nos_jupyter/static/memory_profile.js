@@ -3,7 +3,8 @@
 //
 // Messages from the kernel: history {samples, marks}, sample {sample}, mark {mark}, state {name, sentence}.
 // Messages to the kernel: hello (this page wants the history), alive (this page still shows the widget).
-// All text goes through textContent: a model's name is not markup.
+
+import { StateLine, button, formatBytes, keepAlive, make, onLook, suppressShortcuts } from "./page.js";
 
 /** @typedef {[string, number]} Part  a model's name and its bytes */
 /** @typedef {{worker: string, name: string, product: string, capacity: number, used: number, models: Part[]}} Device */
@@ -20,19 +21,7 @@ const HEIGHT = 150;
 const MARGIN = { left: 62, right: 10, top: 18, bottom: 20 };
 // Samples come every 0.5 s; a longer silence is drawn as one.
 const GAP_S = 3;
-const ALIVE_MS = 45000;
 const STALE_MS = 4000;
-
-/** @param {number} count */
-export function formatBytes(count) {
-  if (count < 1024) return `${Math.round(count)} B`;
-  let unit = "";
-  for (unit of ["KiB", "MiB", "GiB", "TiB"]) {
-    count /= 1024;
-    if (count < 1024) break;
-  }
-  return `${count.toFixed(count < 10 ? 2 : 1)} ${unit}`;
-}
 
 /** The end of the axis: the smallest 1, 2, 3, 4, 6 or 8 times a power of two that holds the peak with some air. @param {number} peak @param {number} capacity */
 export function axisEnd(peak, capacity) {
@@ -90,29 +79,6 @@ class Store {
   }
 }
 
-/** @param {string} tag @param {string} name @param {string} [text] */
-function make(tag, name, text) {
-  const node = document.createElement(tag);
-  node.className = name;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-/** @param {string} text @param {string} label @param {() => void} act */
-function button(text, label, act) {
-  const node = /** @type {HTMLButtonElement} */ (make("button", "nos-button", text));
-  node.type = "button";
-  node.setAttribute("aria-label", label);
-  suppressShortcuts(node);
-  node.addEventListener("click", act);
-  return node;
-}
-
-/** JupyterLab runs its one-letter commands unless the focused element itself says not to. @param {HTMLElement} node */
-function suppressShortcuts(node) {
-  node.setAttribute("data-lm-suppress-shortcuts", "true");
-}
-
 /** One device: its heading, canvas and legend. */
 class Panel {
   /** @param {View} view @param {string} key */
@@ -124,7 +90,7 @@ class Panel {
     this.name = this.heading.appendChild(make("strong", "nos-device-name"));
     this.product = this.heading.appendChild(make("span", "nos-faint nos-product"));
     this.total = this.heading.appendChild(make("span", "nos-total"));
-    this.canvas = /** @type {HTMLCanvasElement} */ (make("canvas", "nos-chart"));
+    this.canvas = make("canvas", "nos-chart");
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("role", "img");
     suppressShortcuts(this.canvas);
@@ -383,10 +349,9 @@ class View {
     this.root = make("div", "nos-w nos-mem");
     this.root.setAttribute("role", "group");
     this.root.setAttribute("aria-label", "Device memory by model");
-    this.status = make("div", "nos-status");
-    this.status.setAttribute("role", "status");
+    this.state = new StateLine(this.root);
     this.devices = make("div", "nos-devices");
-    this.root.append(this.#toolbar(), this.devices, this.status);
+    this.root.append(this.#toolbar(), this.devices, this.state.line);
     el.append(this.root);
   }
 
@@ -440,8 +405,7 @@ class View {
     if (name === "live" && silence > STALE_MS) [name, sentence] = ["stale", "no sample from the kernel, waiting"];
     if (name === "live" && !this.store.samples.at(-1)?.devices.length) sentence = "live; no device yet: no worker has joined";
     if (this.frozen !== null && name === "live") sentence = "paused";
-    this.root.dataset.state = name;
-    if (this.status.textContent !== sentence) this.status.textContent = sentence;
+    this.state.show(name, sentence);
   }
 }
 
@@ -464,23 +428,12 @@ export default () => {
       const view = new View(model, store, el);
       views.add(view);
       view.draw();
-      model.send({ type: "hello" });
-      const redraw = () => view.draw();
-      const resize = new ResizeObserver(redraw);
-      resize.observe(el);
-      const theme = new MutationObserver(redraw);
-      theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class"] });
+      const rest = [keepAlive(model), onLook(el, () => view.draw())];
       const ticking = setInterval(() => view.drawState(), 1000);
-      const living = setInterval(() => document.hidden || model.send({ type: "alive" }), ALIVE_MS);
-      const shown = () => document.hidden || model.send({ type: "alive" });
-      document.addEventListener("visibilitychange", shown);
       return () => {
         views.delete(view);
-        resize.disconnect();
-        theme.disconnect();
         clearInterval(ticking);
-        clearInterval(living);
-        document.removeEventListener("visibilitychange", shown);
+        rest.forEach((end) => end());
       };
     },
   };

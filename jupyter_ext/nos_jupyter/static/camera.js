@@ -1,0 +1,66 @@
+// @ts-check
+// The page's camera: asked for on a click only, and said in a sentence when it cannot be had.
+
+const REFUSALS = {
+  NotAllowedError: "the browser refused the camera: allow it for this page and try again",
+  NotFoundError: "this machine has no camera",
+  NotReadableError: "the camera is in use by another program",
+  OverconstrainedError: "the camera cannot do that size",
+};
+
+/** Opens the camera. @param {{width?: number, height?: number, fps?: number}} wanted @returns {Promise<HTMLVideoElement>} */
+export async function openCamera({ width = 640, height = 480, fps = 30 } = {}) {
+  if (!window.isSecureContext || !navigator.mediaDevices)
+    throw new Error("browsers give the camera to pages of https or localhost only");
+  const video = document.createElement("video");
+  video.muted = true;
+  video.playsInline = true;
+  try {
+    const size = { width: { ideal: width }, height: { ideal: height }, frameRate: { ideal: fps } };
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: size });
+  } catch (error) {
+    const name = /** @type {keyof typeof REFUSALS} */ (/** @type {Error} */ (error).name);
+    throw new Error(REFUSALS[name] ?? `no camera: ${error}`);
+  }
+  await video.play();
+  return video;
+}
+
+/** Plays a video file again and again. @param {File} file @returns {Promise<HTMLVideoElement>} */
+export async function openFile(file) {
+  const video = document.createElement("video");
+  video.muted = true;
+  video.loop = true;
+  video.playsInline = true;
+  video.src = URL.createObjectURL(file);
+  try {
+    await video.play();
+  } catch {
+    URL.revokeObjectURL(video.src);
+    throw new Error(`${file.name} (${file.type || "of no known type"}) is no video that this browser plays`);
+  }
+  return video;
+}
+
+/** Lets go of camera or file. @param {HTMLVideoElement | null} video */
+export function closeVideo(video) {
+  if (!video) return;
+  video.pause();
+  const stream = /** @type {MediaStream | null} */ (video.srcObject);
+  stream?.getTracks().forEach((track) => track.stop());
+  if (video.src) URL.revokeObjectURL(video.src);
+  video.srcObject = null;
+}
+
+/** Encodes what a video or canvas shows. @param {HTMLVideoElement | HTMLCanvasElement} from @param {HTMLCanvasElement} canvas  scratch @param {string} type @param {number} most  the longest side @returns {Promise<Blob>} */
+export async function encode(from, canvas, type = "image/jpeg", most = 4096) {
+  const width = "videoWidth" in from ? from.videoWidth : from.width;
+  const height = "videoHeight" in from ? from.videoHeight : from.height;
+  const scale = Math.min(1, most / Math.max(width, height, 1));
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
+  canvas.getContext("2d")?.drawImage(from, 0, 0, canvas.width, canvas.height);
+  return new Promise((resolve, reject) => {
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("the picture could not be encoded"))), type, 0.85);
+  });
+}

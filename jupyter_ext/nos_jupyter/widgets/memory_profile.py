@@ -1,0 +1,104 @@
+"""Device memory by model over time, live."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import nos
+
+from nos_jupyter import page
+from nos_jupyter.following import Follower
+from nos_jupyter.memory import History, Mark, Sample
+from nos_jupyter.views import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nos import Event
+
+_INTERVAL_S = 0.5
+_FIRST_SAMPLE_S = 1.0
+_MARKED = frozenset({"loading", "loaded", "unloaded", "failed", "worker-lost", "executor-lost"})
+
+
+class MemoryProfile(anywidget.AnyWidget):
+    """Device memory by model over time, live at 2 Hz.
+
+    A thread of its own reads the backend's events and sends each to the pages that show the widget. Samples
+    travel as messages and never as traits, so that a saved notebook holds nothing of them, nor of the
+    connection.
+
+    Args:
+        source: The client to ask, which stays the caller's; or a function that connects, called again after
+            each loss, so that a backend that came back elsewhere is found.
+    """
+
+    _esm = page.script("page", "memory_profile")
+    _css = page.style("page", "memory_profile")
+
+    def __init__(self, source: nos.Client | Callable[[], nos.Client] = nos.connect) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        #: What was seen; under the lock.
+        self._history = History()
+        self._has_sample = threading.Event()
+        self.on_msg(self._on_message)
+        self._follower = Follower(
+            source,
+            lambda client: client.events(status_interval_s=_INTERVAL_S),
+            self._on_event,
+            self.send,
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that any one device had in use while this was watching."""
+        with self._lock:
+            return self._history.peak_bytes
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What was seen so far, at most ten minutes."""
+        with self._lock:
+            return list(self._history.samples)
+
+    def close(self) -> None:
+        """Stop watching and take the widget off the page."""
+        self._follower.close()
+        super().close()
+
+    def _on_message(self, _: object, content: dict[str, Any], __: object) -> None:
+        """Answer a page; on any thread, as ipykernel likes."""
+        kind = content.get("type")
+        if kind == "hello":
+            with self._lock:
+                samples = [sample.to_json() for sample in self._history.samples]
+                marks = [mark.to_json() for mark in self._history.marks]
+                self.send({"type": "history", "samples": samples, "marks": marks})
+        if kind in ("hello", "alive"):
+            self._follower.on_page(kind)
+
+    def _on_event(self, event: Event) -> None:
+        if event.status is not None:
+            sample = Sample(event.time_s, event.status.workers)
+            with self._lock:
+                self._history.samples.append(sample)
+                self.send({"type": "sample", "sample": sample.to_json()})
+            self._has_sample.set()
+        elif event.kind in _MARKED:
+            mark = Mark(event.time_s, event.kind, event.model)
+            with self._lock:
+                self._history.marks.append(mark)
+                self.send({"type": "mark", "mark": mark.to_json()})
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        # So that a saved page shows more than an empty picture.
+        self._has_sample.wait(_FIRST_SAMPLE_S)
+        data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
+        with self._lock:
+            html = self._history.to_html()
+            peak = format_bytes(self._history.peak_bytes)
+        still = {"text/html": html, "text/plain": f"MemoryProfile(peak {peak})"}
+        return {**data, **still}, metadata

@@ -1,0 +1,212 @@
+"""The panels of the control room in a real JupyterLab: run, browse, register."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, expect
+
+from tests.accept import Accept
+from tests.browser.lab import Jupyter, free_port
+from tests.browser.page import Lab
+from tests.servers import start_server
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
+
+LOAD = "%load_ext nos"
+#: Notes when the pointer went up, and when the last result was there.
+WATCH_RUNS = """() => {
+  const calls = document.querySelector('.nos-calls');
+  window.upAt = window.shownAt = 0;
+  calls.addEventListener('pointerup', () => { window.upAt = performance.now(); }, true);
+  new MutationObserver(() => { window.shownAt = performance.now(); })
+    .observe(calls, { attributes: true, attributeFilter: ['data-runs'] });
+}"""
+SHOWN = """() => {
+  const calls = document.querySelector('.nos-calls');
+  return window.shownAt > window.upAt && calls.dataset.call === 'idle';
+}"""
+DROP = """([selector, name, type, text]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([text], name, { type }));
+  const event = new DragEvent('drop', { bubbles: true, cancelable: true, dataTransfer: data });
+  document.querySelector(selector).dispatchEvent(event);
+}"""
+#: How many different grey levels a canvas shows.
+LEVELS = """(canvas) => {
+  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  return new Set(data.filter((_, at) => at % 4 === 0)).size;
+}"""
+DOUBLER = """%%nos model me/doubler
+class Doubler:
+    def __call__(self, x: int) -> int:
+        if x < 0:
+            raise ValueError("x is negative")
+        return 2 * x"""
+
+
+def stroke(opened: Lab, pad: Locator, points: list[tuple[float, float]]) -> None:
+    """Draw a line through points given as shares of the pad's sides."""
+    pad.scroll_into_view_if_needed()
+    box = pad.bounding_box()
+    assert box is not None
+    mouse = opened.page.mouse
+    at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    mouse.move(*at[0])
+    mouse.down()
+    for x, y in at[1:]:
+        mouse.move(x, y, steps=4)
+    mouse.up()
+
+
+@pytest.mark.accept("G2")
+def test_a_drawn_digit_is_recognised_at_once(
+    jupyter_lab: Jupyter, opened: Lab, accept: Accept
+) -> None:
+    opened.start(jupyter_lab, "draw.ipynb", [LOAD, "panel = %nos panel nos/digits\npanel"])
+    page = opened.page
+    pad = page.locator(".nos-pad")
+    pad.wait_for()
+    stroke(opened, pad, [(0.5, 0.1), (0.5, 0.9)])
+    scores = page.locator(".nos-scores")
+    scores.wait_for()
+    page.evaluate(WATCH_RUNS)
+    elapsed_s = []
+    for _ in range(7):
+        stroke(opened, pad, [(0.5, 0.1), (0.5, 0.9)])
+        page.wait_for_function(SHOWN)
+        elapsed_s.append(page.evaluate("() => (window.shownAt - window.upAt) / 1000"))
+    assert page.locator(".nos-score").count() == 10
+    assert scores.get_attribute("data-best") == "1"
+    assert opened.execute("print(panel.value.shape)").strip() == "(10,)"
+    opened.shoot(".nos-panel", "inference-panel")
+    accept.figure(statistics.median(elapsed_s), 0.2, "s")
+
+
+@pytest.mark.accept("G2")
+def test_the_browser_shows_what_is_registered_and_runs_it(
+    jupyter_lab: Jupyter, opened: Lab, accept: Accept
+) -> None:
+    opened.start(jupyter_lab, "browse.ipynb", [LOAD, "%nos browse"])
+    page = opened.page
+    page.wait_for_selector(".nos-model[data-name='nos/digits']")
+    page.evaluate("""() => new MutationObserver((_, observer) => {
+      if (!document.querySelector(".nos-model[data-name='me/doubler']")) return;
+      window.seenAt = Date.now();
+      observer.disconnect();
+    }).observe(document.querySelector('.nos-browser'), { childList: true, subtree: true })""")
+    opened.execute(f"get_ipython().run_cell({DOUBLER!r})\nimport time\nregistered_s = time.time()")
+    row = page.locator(".nos-model[data-name='me/doubler']")
+    row.wait_for()
+    registered_s = float(opened.execute("print(registered_s)"))
+    accept.figure(page.evaluate("() => window.seenAt / 1000") - registered_s, 2.0, "s")
+
+    row.get_by_role("button", name="Load me/doubler").click()
+    expect(row).to_have_attribute("data-state", "device", timeout=60_000)
+    row.get_by_role("button", name="Open").click()
+    page.locator(".nos-opened .nos-field").fill("21")
+    page.get_by_role("button", name="Run the model").click()
+    expect(page.locator(".nos-result")).to_contain_text("42", timeout=60_000)
+    page.locator(".nos-opened .nos-field").fill("-1")
+    page.get_by_role("button", name="Run the model").click()
+    expect(page.locator(".nos-error")).to_contain_text("x is negative", timeout=60_000)
+    page.locator(".nos-opened .nos-field").fill("4")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".nos-result")).to_contain_text("8", timeout=60_000)
+    opened.shoot(".nos-browser", "model-browser")
+    row.get_by_role("button", name="Unload me/doubler").click()
+    expect(row).to_have_attribute("data-state", "registered", timeout=60_000)
+    opened.execute("%nos unregister me/doubler")
+    row.wait_for(state="detached")
+
+
+@pytest.mark.accept("G2")
+def test_a_form_registers_code_and_an_image_comes_from_camera_or_file(
+    jupyter_lab: Jupyter, opened: Lab
+) -> None:
+    opened.start(jupyter_lab, "form.ipynb", [LOAD, "%nos register", "%nos panel nos/edges"])
+    page = opened.page
+    form = page.locator(".nos-register")
+    submit = form.get_by_role("button", name="Register the model")
+    expect(submit).to_be_enabled(timeout=60_000)
+    form.locator(".nos-code").first.fill("class Half")
+    expect(form.locator(".nos-wrong").first).to_contain_text("does not compile: line 1")
+    form.locator(".nos-code").first.fill(
+        "class Half:\n    def __call__(self, x: float) -> float:\n        return x / 2"
+    )
+    expect(submit).to_be_enabled(timeout=60_000)
+    submit.click()
+    form.locator(".nos-form .nos-field").fill("5")
+    form.get_by_role("button", name="Run the model").click()
+    expect(form.locator(".nos-result")).to_contain_text("2.5", timeout=60_000)
+    opened.shoot(".nos-register", "register-model")
+
+    edges = page.locator(".nos-panel")
+    page.evaluate(DROP, [".nos-panel .nos-zone", "notes.txt", "text/plain", "hello"])
+    expect(edges.locator(".nos-wrong")).to_contain_text("notes.txt (text/plain) is no image")
+    edges.get_by_role("button", name="Use the camera").click()
+    edges.get_by_role("button", name="Take the picture").click()
+    edges.get_by_role("button", name="Run the model").click()
+    edges.locator(".nos-result canvas").wait_for()
+    assert edges.locator(".nos-result canvas").evaluate(LEVELS) > 3
+    opened.shoot(".nos-panel", "inference-panel-image")
+    page.evaluate(
+        """async () => {
+      // Noise does not compress: some 25 MB.
+      const canvas = new OffscreenCanvas(2900, 2900);
+      const image = new ImageData(2900, 2900);
+      for (let at = 0; at < image.data.length; at += 65536)
+        crypto.getRandomValues(image.data.subarray(at, at + 65536));
+      for (let at = 3; at < image.data.length; at += 4) image.data[at] = 255;
+      canvas.getContext('2d').putImageData(image, 0, 0);
+      const file = new File([await canvas.convertToBlob()], 'large.png', { type: 'image/png' });
+      const data = new DataTransfer();
+      data.items.add(file);
+      const zone = document.querySelector('.nos-panel .nos-zone');
+      zone.dispatchEvent(new DragEvent('drop', { bubbles: true, dataTransfer: data }));
+    }"""
+    )
+    expect(edges.locator(".nos-wrong")).to_contain_text("large.png has 2", timeout=60_000)
+    edges.get_by_role("button", name="Run the model").click()
+    page.wait_for_function("() => document.querySelector('.nos-panel .nos-result canvas')?.width === 2900")
+
+
+@pytest.mark.accept("G2")
+def test_a_backend_that_dies_is_said_and_found_again(
+    jupyter_lab: Jupyter, opened: Lab, tmp_path: Path
+) -> None:
+    port = str(free_port())
+    first = start_server(tmp_path, "--port", port)
+    connect = f"%nos connect {first.address} --token-file {first.token_file}"
+    cells = [LOAD, connect, "%nos mem --watch", "%nos panel nos/echo"]
+    opened.start(jupyter_lab, "dies.ipynb", cells)
+    page = opened.page
+    live = "() => document.querySelectorAll(\".nos-w[data-state='live']\").length === 2"
+    page.wait_for_function(live)
+    first.stop()
+    page.wait_for_function(live.replace("live", "lost"))
+    assert "retrying" in page.locator(".nos-mem .nos-status").inner_text()
+    panel = page.locator(".nos-panel")
+    panel.locator(".nos-area").fill("hello")
+    panel.get_by_role("button", name="Run the model").click()
+    expect(panel.locator(".nos-error")).to_contain_text("backend")
+    again = start_server(tmp_path, "--port", port)
+    try:
+        page.wait_for_function(live)
+        panel.get_by_role("button", name="Try again").click()
+        expect(panel.locator(".nos-result")).to_contain_text("hello", timeout=60_000)
+    finally:
+        again.stop()
+
+
+def test_keys_typed_into_a_widget_stay_there(jupyter_lab: Jupyter, opened: Lab) -> None:
+    opened.start(jupyter_lab, "typed.ipynb", [LOAD, "%nos panel nos/echo", "%nos browse"])
+    page = opened.page
+    before = page.locator(".jp-Cell").count()
+    for selector in (".nos-panel .nos-button", ".nos-panel .nos-area", ".nos-search"):
+        page.locator(selector).first.focus()
+        page.keyboard.press("b")
+    assert page.locator(".jp-Cell").count() == before
+    assert page.locator(".nos-panel .nos-area").input_value() == "b"
