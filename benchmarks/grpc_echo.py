@@ -19,21 +19,32 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 METHOD = "/floor.Echo/Stream"
+#: Answers with the first bytes of each message only.
+SHORT_METHOD = "/floor.Echo/Short"
+SHORT_BYTES = 64
 
 
 class _Echo(grpc.GenericRpcHandler):
     def service(
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[bytes, bytes] | None:
-        if handler_call_details.method != METHOD:
-            return None
-        return grpc.stream_stream_rpc_method_handler(self._echo)
+        if handler_call_details.method == METHOD:
+            return grpc.stream_stream_rpc_method_handler(self._echo)
+        if handler_call_details.method == SHORT_METHOD:
+            return grpc.stream_stream_rpc_method_handler(self._short)
+        return None
 
     async def _echo(
         self, requests: AsyncIterator[bytes], _context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes]:
         async for message in requests:
             yield message
+
+    async def _short(
+        self, requests: AsyncIterator[bytes], _context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes]:
+        async for message in requests:
+            yield message[:SHORT_BYTES]
 
 
 async def _serve() -> None:
