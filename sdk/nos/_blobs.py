@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from typing import TYPE_CHECKING, Final
 
 from nos._control import Rpc
@@ -39,7 +40,7 @@ def _upload(engine: Engine, path: str, content: Path | bytes) -> models_pb2.Mode
     try:
         with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size_bytes = file.tell()
+            size_bytes = file.seek(0, os.SEEK_END)
             held = engine.wait(_stat(sha256))
             if not held.is_complete:
                 requests = _requests(file, sha256, size_bytes, held.received_bytes)

@@ -118,14 +118,10 @@ class _Collector:
 
     def finish(self, source_name: str) -> Collected:
         """Return all of it; the last piece is the model's."""
-        if self.files:
-            # The server knows the model's folder under another path.
-            source_name = pathlib.PurePath(source_name).name
         lines = ["from __future__ import annotations\n"] if self._has_future else []
         lines += [f"{line}\n" for line in self.imports]
         for piece in self.pieces:
-            name = pathlib.PurePath(piece.source_name).name if self.files else piece.source_name
-            lines.append(f"#!nos {piece.first_line} {name}\n")
+            lines.append(f"#!nos {piece.first_line} {piece.source_name}\n")
             lines.append(piece.text if piece.text.endswith("\n") else f"{piece.text}\n")
         names = [*self.names, *(f"file {path}" for path in sorted(self.files))]
         return Collected("".join(lines), source_name, tuple(names), self.files)

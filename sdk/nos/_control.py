@@ -112,7 +112,7 @@ def register(
     source: str,
     class_name: str,
     *,
-    init: Mapping[str, Any] | None,
+    init: Sequence[values_pb2.Argument],
     name: str,
     device: str,
     isolation: str,
@@ -127,7 +127,7 @@ def register(
     Args:
         source: Python.
         class_name: Its top-level name that is the model.
-        init: What `__init__` is called with.
+        init: What `__init__` is called with; the bytes of its tensors are among the files.
         name: The model's name; empty leaves it to the source.
         device: As in the request; empty leaves it to the source.
         isolation: Likewise.
@@ -137,12 +137,10 @@ def register(
         pin: Whether it stays on its device; None leaves it to the source.
         idle_unload_s: Likewise, after how long without use it leaves.
     """
-    nodes, payload = values.write_arguments(list((init or {}).items()))
     request = models_pb2.RegisterModelRequest(
         source=source,
         class_name=class_name,
-        init_arguments=nodes,
-        data=b"".join(payload.buffers),
+        init_arguments=init,
         name=name,
         device=device,
         isolation=isolation,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import ModuleType
 
 _INSTALLED: Final = frozenset({"site-packages", "dist-packages"})
 
@@ -30,22 +31,33 @@ def files_of(module: ModuleType) -> dict[str, Path]:
 
 def root_of(module: ModuleType) -> Path | None:
     """Return the author's folder that a module was imported from; None for one that is installed."""
+    return _root_of(module, _folders())
+
+
+def imported() -> list[ModuleType]:
+    """Return all modules of the author's folder that are imported now."""
+    folders = _folders()
+    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    return [module for module in modules if _root_of(module, folders) is not None]
+
+
+def _root_of(module: ModuleType, folders: set[Path]) -> Path | None:
     file = getattr(module, "__file__", None)
     name = module.__name__
-    if not file or name in {"__main__", "nos"} or name.startswith(("nos.", "nos_")):
+    if not isinstance(file, str) or name == "__main__" or name.split(".")[0].startswith("nos"):
         return None
-    path = Path(file).resolve()
+    path = Path(os.path.abspath(file))  # noqa: PTH100 - resolve() asks the disk, for thousands of modules
+    parents = path.parents
     depth = name.count(".") + (path.name == "__init__.py")
-    root = path.parents[depth]
-    return root if root in _folders() else None
+    return parents[depth] if depth < len(parents) and parents[depth] in folders else None
 
 
 def _folders() -> set[Path]:
     """Return the notebook's folder, and that of the script."""
     main = getattr(sys.modules.get("__main__"), "__file__", None)
-    folders = {Path.cwd().resolve()}
+    folders = {Path.cwd()}
     if main:
-        folders.add(Path(main).resolve().parent)
+        folders.add(Path(os.path.abspath(main)).parent)  # noqa: PTH100 - as it was imported, links and all
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     return {it for it in folders if it not in installed and not _INSTALLED & set(it.parts)}
 

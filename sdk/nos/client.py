@@ -170,6 +170,8 @@ class Client:
         name: str = "",
         class_name: str = "",
         init: Mapping[str, Any] | None = None,
+        example: Any = None,
+        pickle: bool = False,
         device: str = "",
         isolation: str = "",
         env: Sequence[str] | str | Path = (),
@@ -186,10 +188,16 @@ class Client:
 
         Args:
             source: A class or function, Python text, or the path of a file or folder: of a folder, its
-                `model.py` or its only Python file is the source, and everything in it goes along.
+                `model.py` or its only Python file is the source, and everything in it goes along. Or a
+                network with its weights: it is exported where `example` is given and torch can, and goes
+                as its class, `init` and its state otherwise.
             name: The model's name; by default what its `@nos.model` says.
             class_name: Which top-level name of the text is the model; known where a class is given.
-            init: What `__init__` is called with.
+            init: What `__init__` is called with: plain values, arrays and tensors, in lists and dicts.
+            example: Arguments of one call: a tuple by position, a dict by name, or the one argument. A
+                network is exported with them.
+            pickle: Send the object itself by cloudpickle, not its source. Whoever serves it trusts you,
+                and runs the same minor version of Python.
             device: `auto`, `cpu` or `cuda`.
             isolation: `shared` (with the owner's other models) or `process` (one of its own).
             env: Packages that it needs besides the server's, as in `["einops"]`, or the path of a
@@ -215,6 +223,8 @@ class Client:
             name=name,
             class_name=class_name,
             init=init,
+            example=example,
+            pickle=pickle,
             device=device,
             isolation=isolation,
             env=env,

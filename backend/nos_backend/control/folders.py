@@ -13,13 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from nos.errors import InvalidRequestError, LimitExceededError, LoadError
+from nos.wire.v1 import models_pb2
 
 from nos_backend.control.blobs import MAX_BLOB_BYTES, check_sha256, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from nos.wire.v1 import models_pb2
 
     from nos_backend.control.blobs import BlobStore
 
@@ -70,6 +69,14 @@ class FolderStore:
             raise
         sync_folder(self._root)
         return folder
+
+    def keep(self, path: str, data: bytes) -> models_pb2.ModelFile:
+        """Keep bytes as a file that a folder can be made of.
+
+        Raises:
+            OSError: If the disk is full or fails.
+        """
+        return models_pb2.ModelFile(path=path, sha256=self._blobs.put(data), size_bytes=len(data))
 
     def _copy(self, file: models_pb2.ModelFile, target: Path) -> None:
         blob, size_bytes = self._blobs.read(file.sha256, 0)

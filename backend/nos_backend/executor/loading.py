@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 
 from nos_backend import pieces
+from nos_backend.definition import INIT_FILE, WEIGHTS_FILE
 from nos_backend.executor.failures import RefusedError
 from nos_backend.executor.values import ANY, Inputs, Want, want
 
@@ -183,7 +184,8 @@ def run_source(definition: dict[str, Any]) -> types.ModuleType:
     module = types.ModuleType("nos_model_" + re.sub(r"\W", "_", key))
     folder = definition["folder"]
     if folder:
-        module.__file__ = str(Path(folder, source_name))
+        # Not where it lay on its author's machine.
+        module.__file__ = str(Path(folder, Path(source_name).name))
         if folder in sys.path:
             sys.path.remove(folder)
         sys.path.insert(0, folder)
@@ -214,14 +216,45 @@ def _show_lines(piece: pieces.Piece) -> None:
 
 
 def construct(module: types.ModuleType, definition: dict[str, Any], device: str) -> Any:
-    """Make the model's object, or return its function.
+    """Make the model's object, and give it its state if that came along; or return its function.
 
     Raises:
-        RefusedError: LOAD_FAILED if the source has no such class.
+        RefusedError: LOAD_FAILED if the source has no such class, or the state is not its.
         BaseException: Whatever its constructor raises.
     """
     found = _find_class(module, definition["class_name"])
-    return _make(found, dict(definition["init"]), device)
+    folder = Path(definition["folder"]) if definition["folder"] else None
+    target = _make(found, _read_init(found, definition["init"], folder), device)
+    if folder is not None and (folder / WEIGHTS_FILE).exists():
+        _restore(target, folder / WEIGHTS_FILE)
+    return target
+
+
+def _read_init(found: Any, nodes: list[Any], folder: Path | None) -> dict[str, Any]:
+    """Return the arguments of `__init__` as its annotations ask for them; arrays are its own."""
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):
+        signature = inspect.signature(_anything)
+    wants = _wants(getattr(found, "__init__", found), signature)
+    file = folder / INIT_FILE if folder is not None else None
+    block = bytearray(file.read_bytes() if file is not None and file.exists() else b"\0")
+    inputs = Inputs(memoryview(block), torch.device("cpu"))
+    return {name: inputs.read(node, wants.get(name, ANY), name) for name, node in nodes}
+
+
+def _restore(target: Any, file: Path) -> None:
+    from safetensors.torch import load_file  # most models have no such file
+
+    try:
+        target.load_state_dict(load_file(file))
+    except (AttributeError, RuntimeError) as error:
+        raise RefusedError(
+            "LOAD_FAILED",
+            f"the weights are not those of this class: {error}",
+            "init",
+            hint="Give the init arguments that the network was made with",
+        ) from error
 
 
 def move(target: Any, device: torch.device) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 
 from nos.errors import (
@@ -14,6 +13,7 @@ from nos.errors import (
 )
 from nos.wire.signature import bind, check_call
 from nos.wire.v1 import access_pb2, models_pb2, models_pb2_grpc
+from nos.wire.values import check
 
 from nos_backend.control import report
 from nos_backend.control.blobs import disk_errors
@@ -22,13 +22,13 @@ from nos_backend.control.describe import DEVICES, ISOLATIONS
 from nos_backend.control.describe_apart import describe_apart
 from nos_backend.control.names import parse_reference
 from nos_backend.control.requirements import normalize
-from nos_backend.definition import ModelDefinition
+from nos_backend.definition import INIT_FILE, ModelDefinition
 from nos_backend.rpc.guard import actor, caller
+from nos_backend.worker.arguments import to_node
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
-
-    from nos.wire.v1 import values_pb2
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from nos_backend.control.catalogue import Catalogue, Entry
     from nos_backend.control.cluster import StateCache
@@ -92,9 +92,6 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         _check_option("device", request.device, DEVICES)
         _check_option("isolation", request.isolation, ISOLATIONS)
         source_name = request.source_name or f"<{request.name or 'model'}>"
-        if request.files:
-            # Executors join it with the folder, whose place is not that on the author's machine.
-            source_name = PurePath(source_name).name
         descriptions = await describe_apart(request.source, request.class_name, source_name)
         if len(descriptions) > 1:
             names = ", ".join(description.class_name for description in descriptions)
@@ -107,10 +104,11 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         if request.HasField("idle_unload_s"):
             description.spec.idle_unload_s = _idle_unload_s(request.idle_unload_s)
         name = request.name or description.spec.name
+        init = _init(description.init, request)
         folder = ""
-        if request.files:
+        if request.files or request.data:
             with disk_errors("files"):
-                folder = str(await asyncio.to_thread(self._folders.make, request.files))
+                folder = str(await asyncio.to_thread(self._make_folder, request))
         definition = ModelDefinition(
             name=name,
             version=0,
@@ -119,7 +117,7 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
             source_name=source_name,
             class_name=description.class_name,
             folder=folder,
-            init=_init(description.init, request.init_arguments),
+            init=init,
             environment=normalize(request.environment),
             device=request.device or "auto",
             isolation=request.isolation or "shared",
@@ -236,6 +234,12 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
                 if await watcher.take(_SETTLE_POLL_S if unsettled else None):
                     settled_s = time.monotonic() + _SETTLE_S
 
+    def _make_folder(self, request: models_pb2.RegisterModelRequest) -> Path:
+        files = list(request.files)
+        if request.data:
+            files.append(self._folders.keep(INIT_FILE, request.data))
+        return self._folders.make(files)
+
     def _owner(self, name: str) -> str:
         """Return whose model a registration makes: an admin's goes to whoever has the name."""
         identity, entry = caller(), self._catalogue.get(name)
@@ -304,33 +308,22 @@ def _check_owner(entry: Entry) -> None:
 
 
 def _init(
-    method: models_pb2.Method, arguments: Iterable[values_pb2.Argument]
+    method: models_pb2.Method, request: models_pb2.RegisterModelRequest
 ) -> list[tuple[str, Any]]:
-    """Check what `__init__` is to be called with, and return it as JSON values by name."""
-    given = list(arguments)
+    """Check what `__init__` is to be called with, and return it as executors read it, by name."""
+    given = list(request.init_arguments)
+    kept = [file.size_bytes for file in request.files if file.path == INIT_FILE]
+    if kept and request.data:
+        raise InvalidRequestError(
+            "the bytes of the init arguments came twice", "data", f"either data or {INIT_FILE}"
+        )
+    for index, item in enumerate(given):
+        check(item.value, sum(kept) or len(request.data), item.name or f"argument {index}")
     check_call(method, given)
-    args = [_plain(item.value) for item in given if not item.name]
-    bound = bind(method, args, {item.name: _plain(item.value) for item in given if item.name})
+    args = [to_node(item.value) for item in given if not item.name]
+    bound = bind(method, args, {item.name: to_node(item.value) for item in given if item.name})
     if any(not name for name, _ in bound):
         raise InvalidRequestError(
             "*args of __init__ cannot be given", "init_arguments", "arguments by name"
         )
     return bound
-
-
-def _plain(node: values_pb2.Value) -> Any:
-    kind = node.WhichOneof("kind")
-    if kind in {None, "null"}:
-        return None
-    if kind == "items":
-        return [_plain(item) for item in node.items.items]
-    if kind == "fields":
-        return {member.key: _plain(member.value) for member in node.fields.fields}
-    if kind in {"flag", "integer", "real", "text"}:
-        return getattr(node, str(kind))
-    raise InvalidRequestError(
-        "an argument of __init__ is too large for a model's definition",
-        "init_arguments",
-        "text, numbers, lists and dicts",
-        str(kind),
-    )
