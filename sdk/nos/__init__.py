@@ -18,6 +18,7 @@ from nos._version import __version__
 
 if TYPE_CHECKING:
     from nos._profile import Profile
+    from nos._stats import ModelStats, StatsList
     from nos.aio import AsyncClient, AsyncModelHandle, AsyncStream
     from nos.authoring import model
     from nos.client import Client, ModelHandle, Stream, connect
@@ -43,9 +44,11 @@ __all__ = [
     "ModelHandle",
     "ModelInfo",
     "ModelSpec",
+    "ModelStats",
     "NosError",
     "Profile",
     "Result",
+    "StatsList",
     "Status",
     "Stream",
     "Timings",
@@ -69,9 +72,11 @@ _HOMES = {
     "ModelHandle": "nos.client",
     "ModelInfo": "nos.types",
     "ModelSpec": "nos.types",
+    "ModelStats": "nos._stats",
     "NosError": "nos.errors",
     "Profile": "nos._profile",
     "Result": "nos.types",
+    "StatsList": "nos._stats",
     "Status": "nos.types",
     "Stream": "nos.client",
     "Timings": "nos.types",

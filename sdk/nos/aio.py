@@ -11,9 +11,9 @@ import operator
 import os
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from nos import _address, _control, _profile, _registering, _tokens
+from nos import _address, _control, _profile, _registering, _stats, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
 from nos._link import GRACE_S, out_of_time
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nos._control import Rpc
     from nos._link import Call, Flow
     from nos._profile import Profile
+    from nos._stats import ModelStats, StatsList
     from nos._tokens import NewToken, TokenList
     from nos.types import Event, LogLine, Memory, ModelChange, ModelInfo, ModelList, Result, Status
     from nos.wire.v1 import models_pb2
@@ -135,6 +136,20 @@ class AsyncClient:
     async def profile(self, name: str, *, timeout_s: float | None = None) -> Profile:
         """See `Client.profile`."""
         return await _answer(self._engine, _profile.get(name), timeout_s)
+
+    @overload
+    async def stats(self, name: str, *, timeout_s: float | None = None) -> ModelStats: ...
+
+    @overload
+    async def stats(self, *, timeout_s: float | None = None) -> StatsList: ...
+
+    async def stats(
+        self, name: str = "", *, timeout_s: float | None = None
+    ) -> ModelStats | StatsList:
+        """See `Client.stats`."""
+        if name:
+            return await _answer(self._engine, _stats.get(name), timeout_s)
+        return await _answer(self._engine, _stats.get_all(), timeout_s)
 
     async def logs(
         self, name: str, *, max_lines: int = 0, timeout_s: float | None = None

@@ -20,6 +20,7 @@ import typer
 from nos import local as backend
 from nos._cli_apply import add_to as add_apply_to
 from nos._cli_profile import add_to as add_profile_to
+from nos._cli_stats import add_to as add_stats_to
 from nos._cli_tokens import make_app as make_token_app
 from nos._cli_values import parse_argument, parse_input, to_json, to_line
 from nos._version import __version__
@@ -418,6 +419,7 @@ def _print_log(path: Path, lines: Sequence[bytes]) -> None:
 
 add_apply_to(app, _Place.connect, _print_json)
 add_profile_to(app, _Place.connect, _print_table, _print_json)
+add_stats_to(app, _Place.connect, _print_table, _print_json)
 app.add_typer(make_token_app(_Place.connect, _print_table, _print_json))
 
 

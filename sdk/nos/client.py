@@ -8,9 +8,9 @@ import os
 import queue
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, overload
 
-from nos import _address, _control, _profile, _registering, _tokens
+from nos import _address, _control, _profile, _registering, _stats, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
 from nos._stream import Policy, StreamCore, flow_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from nos._link import Call, Flow
     from nos._profile import Profile
+    from nos._stats import ModelStats, StatsList
     from nos._tokens import NewToken, TokenList
     from nos.types import Event, LogLine, Memory, ModelChange, ModelInfo, ModelList, Result, Status
     from nos.wire.v1 import models_pb2
@@ -147,6 +148,25 @@ class Client:
             UnavailableError: If the device is busy for too long.
         """
         return self._engine.wait(_profile.get(name), timeout_s)
+
+    @overload
+    def stats(self, name: str, *, timeout_s: float | None = None) -> ModelStats: ...
+
+    @overload
+    def stats(self, *, timeout_s: float | None = None) -> StatsList: ...
+
+    def stats(
+        self, name: str = "", *, timeout_s: float | None = None
+    ) -> ModelStats | StatsList:
+        """Return what became of a model's requests since it was loaded, or of every model's.
+
+        Args:
+            name: `name` (its newest version) or `name@v3`; nothing for all versions on workers.
+            timeout_s: Replaces the client's limit.
+        """
+        if name:
+            return self._engine.wait(_stats.get(name), timeout_s)
+        return self._engine.wait(_stats.get_all(), timeout_s)
 
     def logs(
         self, name: str, *, max_lines: int = 0, timeout_s: float | None = None

@@ -27,6 +27,7 @@ LEAST_ROLE: Final[dict[str, access_pb2.Role.ValueType | None]] = {
     "/nos.v1.ModelService/ScaleModel": _AUTHOR,
     "/nos.v1.ModelService/GetProfile": _USER,
     "/nos.v1.ModelService/GetLogs": _AUTHOR,
+    "/nos.v1.ModelService/GetStats": _VIEWER,
     "/nos.v1.ModelService/WatchModels": _VIEWER,
     "/nos.v1.ClusterService/GetStatus": _VIEWER,
     "/nos.v1.ClusterService/WatchEvents": _VIEWER,

@@ -15,7 +15,7 @@ from nos.wire.signature import bind, check_call
 from nos.wire.v1 import access_pb2, models_pb2, models_pb2_grpc
 from nos.wire.values import check
 
-from nos_backend.control import report
+from nos_backend.control import report, statistics
 from nos_backend.control.blobs import disk_errors
 from nos_backend.control.catalogue import BUILT_IN_OWNER
 from nos_backend.control.describe import DEVICES, ISOLATIONS
@@ -205,6 +205,15 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         version = self._catalogue.find(request.model)
         profile = await self._profiles.get(version, self._resolver)
         return models_pb2.GetProfileResponse(profile=profile)
+
+    async def GetStats(
+        self, request: models_pb2.GetStatsRequest, context: Context
+    ) -> models_pb2.GetStatsResponse:
+        """Say what became of requests; only admins see who else used a model."""
+        keys = [self._catalogue.find(request.model).key] if request.model else None
+        state = await self._states.read(0)
+        tenant = None if caller().role == access_pb2.ROLE_ADMIN else caller().tenant
+        return models_pb2.GetStatsResponse(models=statistics.stats(state, keys, tenant))
 
     async def WatchModels(
         self, request: models_pb2.WatchModelsRequest, context: Context

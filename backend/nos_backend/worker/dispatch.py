@@ -30,6 +30,7 @@ from nos_backend.worker import batches
 from nos_backend.worker.culprits import Culprits, digest
 from nos_backend.worker.executors import Executor, Reply
 from nos_backend.worker.inputs import Input
+from nos_backend.worker.statistics import ModelStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +78,11 @@ class Request:
     part: batches.Part | None = field(default=None, init=False)
     """What it is to a batch; None if it runs alone."""
 
+    @property
+    def queue_s(self) -> float:
+        """How long it waited for the device, others to run with apart."""
+        return max(0.0, self.granted_s - self.arrived_s - self.batch_wait_s)
+
 
 def failure(error: NosError) -> Reply:
     """Return the terminal reply that carries `error`."""
@@ -91,6 +97,7 @@ class _Run:
     executor: Executor
     #: Those that an answer is awaited for: all, or after a failure each that runs alone.
     open: list[Request]
+    started_s: float
     #: Of each request in `open`.
     blocks: list[Block | None]
     #: The input of all.
@@ -140,7 +147,7 @@ class Dispatcher:
         #: Decided and not yet carried out.
         self._actions: deque[device_queue.Action] = deque()
         self._is_applying = False
-        self._num_answered: dict[str, int] = {}
+        self._statistics: dict[str, ModelStatistics] = {}
         #: How calls are joined, by (model, method).
         self._plans: dict[tuple[str, str], batches.Plan] = {}
         #: What runs on each slot.
@@ -174,7 +181,15 @@ class Dispatcher:
 
     def num_answered(self, model: str) -> int:
         """Requests of a model that ended in an answer, errors of its code included."""
-        return self._num_answered.get(model, 0)
+        outcomes = self._of(model).outcomes
+        return outcomes["answered"] + outcomes["failed"]
+
+    def statistics(self, model: str) -> dict[str, Any]:
+        """Return what became of a model's requests; see `ModelStatistics`."""
+        return self._of(model).to_plain()
+
+    def _of(self, model: str) -> ModelStatistics:
+        return self._statistics.setdefault(model, ModelStatistics())
 
     def running_model(self, slot: str) -> str | None:
         """Which model a slot's executor runs at the moment."""
@@ -234,7 +249,7 @@ class Dispatcher:
     def close(self, model: str, error: NosError) -> None:
         """End what waits for a model."""
         self._apply(self._queue.close_model(model, error, now_s=self._loop.time()))
-        self._num_answered.pop(model, None)
+        self._statistics.pop(model, None)
         self._culprits.forget(model)
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] != model}
         self._resolve(self._drained.pop(model, None))
@@ -334,10 +349,6 @@ class Dispatcher:
             case Start(batch):
                 self._start(batch)
             case End(request_id, None):
-                request = self._requests.get(request_id)
-                if request is not None:
-                    answered = self._num_answered.get(request.model, 0)
-                    self._num_answered[request.model] = answered + 1
                 self._end(request_id, self._replies.pop(request_id))
             case End(request_id, NosError() as error) | Refuse(request_id, error):
                 unwanted = self._replies.pop(request_id, None)
@@ -358,7 +369,7 @@ class Dispatcher:
                 self._resolve(self._drained.get(model))
 
     def _start(self, batch: Batch) -> None:
-        run = _Run(batch, self._executors[batch.executor], [], [])
+        run = _Run(batch, self._executors[batch.executor], [], self._loop.time(), [])
         self._runs[batch.executor] = run
         now_s = self._loop.time()
         self._memory.started(batch.model)
@@ -606,7 +617,8 @@ class Dispatcher:
 
     def _finish(self, batch: Batch) -> None:
         self._memory.finished(batch.model)
-        self._runs.pop(batch.executor, None)
+        run = self._runs.pop(batch.executor)
+        self._of(batch.model).ran(batch, self._loop.time() - run.started_s)
         self._apply(self._queue.finish(batch.id, batch.executor, now_s=self._loop.time()))
 
     def _end(self, request_id: int, reply: Reply) -> None:
@@ -614,10 +626,20 @@ class Dispatcher:
         if request is None:
             reply.release()
             return
+        self._count(request, reply)
         if request.input is not None:
             request.input.release()
             request.input = None
         request.sink(reply)
+
+    def _count(self, request: Request, reply: Reply) -> None:
+        statistics = self._of(request.model)
+        if reply.error is not None:
+            statistics.ended(reply.error)
+            return
+        statistics.answered(
+            self._loop.time() - request.arrived_s, request.queue_s, request.batch_wait_s
+        )
 
     def _keep_time(self) -> None:
         """Have a timer that fires in time; one that fires too early does no harm and is cheaper."""

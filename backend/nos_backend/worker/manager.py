@@ -277,6 +277,7 @@ class ModelManager:
             "host_bytes": copy.total_bytes if copy and copy.is_in_memory else 0,
             "num_pending": self._dispatcher.num_pending(key),
             "num_answered": self._dispatcher.num_answered(key),
+            "statistics": self._dispatcher.statistics(key),
             "load_s": entry.load_s,
             "note": self._note_of(entry),
             "profile": self._profiles.state(key),

@@ -750,7 +750,7 @@ class RegisterModelRequest(_message.Message):
     source_name: _builtins.str
     """Where the source came from, for tracebacks, for instance `<notebook cell 7>`."""
     data: _builtins.bytes
-    """Bytes of the tensors and media in `init_arguments`."""
+    """Bytes of the tensors and media in `init_arguments`; or they are a file."""
     is_pinned: _builtins.bool
     """As in `ModelSpec`; absent leaves it to the source."""
     idle_unload_s: _builtins.float
@@ -761,7 +761,9 @@ class RegisterModelRequest(_message.Message):
 
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
-        """Files it needs; uploaded before."""
+        """Files it needs; uploaded before. `.nos/init` holds the bytes of tensors and media in `init_arguments`
+        where `data` does not, `.nos/weights.safetensors` the state that a network takes once it is made.
+        """
 
     @_builtins.property
     def environment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1156,7 +1158,7 @@ class ProfilePoint(_message.Message):
     measured_bytes: _builtins.int
     """The most bytes that were alive at once, inputs and weights excluded; 0 if it was not measured."""
     predicted_bytes: _builtins.int
-    """The same as predicted without running it; 0 if it could not be."""
+    """The same as predicted without running it, by smaller sizes or on the meta device; 0 if it was not."""
     flops: _builtins.int
     """Floating point operations, multiply-adds counted twice."""
     def __init__(
@@ -1399,3 +1401,183 @@ class GetProfileResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetProfileResponse: _TypeAlias = GetProfileResponse  # noqa: Y015
+
+@_typing.final
+class GetStatsRequest(_message.Message):
+    """Asks what became of requests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """`name` (its newest version) or `name@v3`; empty means all versions that are on workers."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatsRequest: _TypeAlias = GetStatsRequest  # noqa: Y015
+
+@_typing.final
+class BatchCount(_message.Message):
+    """How many batches had so many requests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    """Requests in one forward pass."""
+    count: _builtins.int
+    """Number of such batches."""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCount: _TypeAlias = BatchCount  # noqa: Y015
+
+@_typing.final
+class TenantUse(_message.Message):
+    """What a tenant used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    DEVICE_S_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """The tenant; `(others)` where the caller may not know it."""
+    device_s: _builtins.float
+    """Seconds of devices."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        device_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_s", b"device_s", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantUse: _TypeAlias = TenantUse  # noqa: Y015
+
+@_typing.final
+class ModelStats(_message.Message):
+    """What became of one model version's requests since it was loaded, all workers together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    NUM_REPLICAS_FIELD_NUMBER: _builtins.int
+    NUM_PENDING_FIELD_NUMBER: _builtins.int
+    NUM_ANSWERED_FIELD_NUMBER: _builtins.int
+    NUM_FAILED_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    NUM_EXPIRED_FIELD_NUMBER: _builtins.int
+    NUM_CANCELLED_FIELD_NUMBER: _builtins.int
+    P50_S_FIELD_NUMBER: _builtins.int
+    P99_S_FIELD_NUMBER: _builtins.int
+    MEAN_QUEUE_S_FIELD_NUMBER: _builtins.int
+    MEAN_BATCH_WAIT_S_FIELD_NUMBER: _builtins.int
+    DEVICE_S_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The version, as `name@v3`."""
+    num_replicas: _builtins.int
+    """Workers that it is on."""
+    num_pending: _builtins.int
+    """Requests that wait or run."""
+    num_answered: _builtins.int
+    """Requests that ended with a result."""
+    num_failed: _builtins.int
+    """Requests that ended with an error of the model or its executor."""
+    num_refused: _builtins.int
+    """Requests that were refused because of overload."""
+    num_expired: _builtins.int
+    """Requests whose deadline passed."""
+    num_cancelled: _builtins.int
+    """Requests that were withdrawn."""
+    p50_s: _builtins.float
+    """Half of the answers took at most so many seconds on the worker; 0 if there are none."""
+    p99_s: _builtins.float
+    """99 of 100 answers took at most so many seconds on the worker."""
+    mean_queue_s: _builtins.float
+    """Seconds that answered requests waited for a device, on average."""
+    mean_batch_wait_s: _builtins.float
+    """Seconds that answered requests waited for others to run with, on average."""
+    device_s: _builtins.float
+    """Seconds of devices in all."""
+    @_builtins.property
+    def batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchCount]:
+        """Batches by size, the smallest first."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantUse]:
+        """Seconds of devices by tenant, the most first."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        num_replicas: _builtins.int = ...,
+        num_pending: _builtins.int = ...,
+        num_answered: _builtins.int = ...,
+        num_failed: _builtins.int = ...,
+        num_refused: _builtins.int = ...,
+        num_expired: _builtins.int = ...,
+        num_cancelled: _builtins.int = ...,
+        p50_s: _builtins.float = ...,
+        p99_s: _builtins.float = ...,
+        mean_queue_s: _builtins.float = ...,
+        mean_batch_wait_s: _builtins.float = ...,
+        device_s: _builtins.float = ...,
+        batches: _abc.Iterable[Global___BatchCount] | None = ...,
+        tenants: _abc.Iterable[Global___TenantUse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "device_s", b"device_s", "mean_batch_wait_s", b"mean_batch_wait_s", "mean_queue_s", b"mean_queue_s", "model", b"model", "num_answered", b"num_answered", "num_cancelled", b"num_cancelled", "num_expired", b"num_expired", "num_failed", b"num_failed", "num_pending", b"num_pending", "num_refused", b"num_refused", "num_replicas", b"num_replicas", "p50_s", b"p50_s", "p99_s", b"p99_s", "tenants", b"tenants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelStats: _TypeAlias = ModelStats  # noqa: Y015
+
+@_typing.final
+class GetStatsResponse(_message.Message):
+    """What became of requests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStats]:
+        """In order of names."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ModelStats] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015

@@ -80,6 +80,11 @@ class ModelServiceStub(object):
                 request_serializer=nos_dot_v1_dot_models__pb2.GetLogsRequest.SerializeToString,
                 response_deserializer=nos_dot_v1_dot_models__pb2.GetLogsResponse.FromString,
                 _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/nos.v1.ModelService/GetStats',
+                request_serializer=nos_dot_v1_dot_models__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=nos_dot_v1_dot_models__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
         self.WatchModels = channel.unary_stream(
                 '/nos.v1.ModelService/WatchModels',
                 request_serializer=nos_dot_v1_dot_models__pb2.WatchModelsRequest.SerializeToString,
@@ -154,6 +159,13 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStats(self, request, context):
+        """Says what became of the requests of one model or of all: counts, times, batches, seconds of devices.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchModels(self, request, context):
         """Streams the models' infos: all at once first, then each that changes.
         """
@@ -208,6 +220,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetLogs,
                     request_deserializer=nos_dot_v1_dot_models__pb2.GetLogsRequest.FromString,
                     response_serializer=nos_dot_v1_dot_models__pb2.GetLogsResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=nos_dot_v1_dot_models__pb2.GetStatsRequest.FromString,
+                    response_serializer=nos_dot_v1_dot_models__pb2.GetStatsResponse.SerializeToString,
             ),
             'WatchModels': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchModels,
@@ -459,6 +476,33 @@ class ModelService(object):
             '/nos.v1.ModelService/GetLogs',
             nos_dot_v1_dot_models__pb2.GetLogsRequest.SerializeToString,
             nos_dot_v1_dot_models__pb2.GetLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nos.v1.ModelService/GetStats',
+            nos_dot_v1_dot_models__pb2.GetStatsRequest.SerializeToString,
+            nos_dot_v1_dot_models__pb2.GetStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

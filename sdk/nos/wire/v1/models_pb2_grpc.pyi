@@ -51,6 +51,8 @@ class ModelServiceStub:
     """Says what a model's methods need at each batch size; loads it and waits where that is not known yet."""
     GetLogs: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetLogsRequest, _models_pb2.GetLogsResponse]
     """Gives what a model printed lately, to its owner."""
+    GetStats: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetStatsRequest, _models_pb2.GetStatsResponse]
+    """Says what became of the requests of one model or of all: counts, times, batches, seconds of devices."""
     WatchModels: _grpc.UnaryStreamMultiCallable[_models_pb2.WatchModelsRequest, _models_pb2.WatchModelsResponse]
     """Streams the models' infos: all at once first, then each that changes."""
 
@@ -77,6 +79,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Says what a model's methods need at each batch size; loads it and waits where that is not known yet."""
     GetLogs: _aio.UnaryUnaryMultiCallable[_models_pb2.GetLogsRequest, _models_pb2.GetLogsResponse]  # type: ignore[assignment]
     """Gives what a model printed lately, to its owner."""
+    GetStats: _aio.UnaryUnaryMultiCallable[_models_pb2.GetStatsRequest, _models_pb2.GetStatsResponse]  # type: ignore[assignment]
+    """Says what became of the requests of one model or of all: counts, times, batches, seconds of devices."""
     WatchModels: _aio.UnaryStreamMultiCallable[_models_pb2.WatchModelsRequest, _models_pb2.WatchModelsResponse]  # type: ignore[assignment]
     """Streams the models' infos: all at once first, then each that changes."""
 
@@ -154,6 +158,14 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.GetLogsResponse, _abc.Awaitable[_models_pb2.GetLogsResponse]]:
         """Gives what a model printed lately, to its owner."""
+
+    @_abc_1.abstractmethod
+    def GetStats(
+        self,
+        request: _models_pb2.GetStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.GetStatsResponse, _abc.Awaitable[_models_pb2.GetStatsResponse]]:
+        """Says what became of the requests of one model or of all: counts, times, batches, seconds of devices."""
 
     @_abc_1.abstractmethod
     def WatchModels(
