@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEFAULT_CALL_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 300.0
@@ -62,3 +66,9 @@ class ModelDefinition:
         """Return what `to_dict` gave; lists that came back as tuples are lists again."""
         init = [(name, value) for name, value in fields["init"]]
         return cls(**{**fields, "init": init})
+
+
+def folder_name(digests: Mapping[str, str]) -> str:
+    """Name a folder by what is in it: the sha256 of its files' paths and sha256s, lower-case hex."""
+    listed = "".join(f"{path}\0{sha256}\n" for path, sha256 in sorted(digests.items()))
+    return hashlib.sha256(listed.encode()).hexdigest()

@@ -16,6 +16,7 @@ from nos.errors import InvalidRequestError, LimitExceededError, LoadError
 from nos.wire.v1 import models_pb2
 
 from nos_backend.control.blobs import MAX_BLOB_BYTES, check_sha256, sync_folder
+from nos_backend.definition import folder_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -48,8 +49,7 @@ class FolderStore:
             OSError: If the disk is full or fails; then nothing is kept.
         """
         by_path = check_files(files)
-        listed = "".join(f"{path}\0{file.sha256}\n" for path, file in sorted(by_path.items()))
-        folder = self._root / hashlib.sha256(listed.encode()).hexdigest()
+        folder = self._root / folder_name({path: file.sha256 for path, file in by_path.items()})
         if folder.is_dir():
             return folder
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)

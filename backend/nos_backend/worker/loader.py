@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from nos.errors import ExecutorLostError, OutOfDeviceMemoryError
 
 from nos_backend.definition import LOAD_TIMEOUT_S
+from nos_backend.worker.integrity import check_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +60,7 @@ class Loader:
         """Make a model in an executor of its own and pack it; sets the entry's copy, scratch and note.
 
         Raises:
-            LoadError: If its code fails, or its environment cannot be built.
+            LoadError: If its code fails, its environment cannot be built, or its files were changed.
             ExecutorLostError: If its code ends the executor.
             OutOfDeviceMemoryError: If it does not fit into host memory.
         """
@@ -67,6 +68,7 @@ class Loader:
         self.release(entry)
         # Before the gate: a build of minutes is not to hold up the owner's other models.
         await self._launcher.python(entry.slot.requirements)
+        await asyncio.to_thread(check_folder, entry.definition.folder)
         gate = self._gates.setdefault(entry.definition.owner, asyncio.Semaphore(_MAX_CONSTRUCTIONS))
         async with gate:
             scratch = await self._launcher.start(
