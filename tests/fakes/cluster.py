@@ -32,6 +32,8 @@ class FakeCluster:
         #: Limits by key.
         self.scaled = {}
         self.retired = []
+        #: Key, call and data of models that were to be tried.
+        self.attempts = []
         self.load_s = 0.0
         #: Raised by every load while set.
         self.failure: NosError | None = None
@@ -48,6 +50,11 @@ class FakeCluster:
         self.tell("loaded", definition.key)
         return [Placement(worker="fake-0", address=self.worker_address)]
 
+    async def attempt(self, definition, call, data):
+        self.attempts.append((definition.key, call, data))
+        if self.failure is not None:
+            raise self.failure
+
     async def scale(self, definition, min_replicas, max_replicas):
         self.scaled[definition.key] = min_replicas, max_replicas
 
@@ -62,7 +69,8 @@ class FakeCluster:
         self.tell("unloaded", key)
 
     async def profiles(self, key):
-        return [raw for raw in [self.profiled.get(key)] if raw]
+        raw = self.profiled.get(key, b"")
+        return [{"state": "ready" if raw else "none", "profile": raw, "note": ""}]
 
     async def logs(self, key, max_lines):
         return {}
@@ -79,7 +87,6 @@ class FakeCluster:
                 "num_answered": 3,
                 "load_s": 0.5,
                 "error": "",
-                "profile": "ready" if key in self.profiled else "none",
             }
             for key, definition in self.loaded.items()
         ]

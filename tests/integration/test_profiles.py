@@ -95,15 +95,21 @@ def plane() -> Iterator[Plane]:
         yield plane
 
 
+def state(plane: Plane, key: str) -> str:
+    return str(_ask(plane, key)["state"])
+
+
 def profile(plane: Plane, key: str) -> models_pb2.Profile:
     """Wait for a model's profile."""
-    wait_for(lambda: plane.model(key)["profile"] == "ready", 60)
-    raw: bytes = plane.data_plane.submit_coroutine(lambda: _get(plane, key)).result(10)
-    return models_pb2.Profile.FromString(raw)
+    wait_for(lambda: state(plane, key) == "ready", 60)
+    return models_pb2.Profile.FromString(_ask(plane, key)["profile"])
 
 
-async def _get(plane: Plane, key: str) -> bytes:
-    return plane.manager.profile(key)
+def _ask(plane: Plane, key: str) -> dict[str, Any]:
+    async def ask() -> dict[str, Any]:
+        return plane.manager.profile(key)
+
+    return plane.data_plane.submit_coroutine(ask).result(10)
 
 
 def loaded(plane: Plane, name: str) -> models_pb2.Profile:
@@ -145,7 +151,7 @@ def test_the_budget_counts_the_activations_of_the_batch_chosen(plane: Plane) -> 
 
 def test_open_sizes_wait_for_the_first_call(plane: Plane) -> None:
     plane.load(models()["open"])
-    assert plane.model("open@v1")["profile"] == "waits for a call"
+    assert state(plane, "open@v1") == "waits for a call"
     plane.run("open@v1", "", np.ones((3, 256), np.float32))
     (method,) = profile(plane, "open@v1").methods
     assert method.sample == "first call"
@@ -206,13 +212,13 @@ def test_a_profile_that_is_known_is_not_made_again(plane: Plane) -> None:
     plane.unload("net@v1")
     num_before = sum(event[0] == "profiled" for event in plane.events)
     plane.load(definition)
-    assert plane.model("net@v1")["profile"] == "ready"
+    assert state(plane, "net@v1") == "ready"
     assert profile(plane, "net@v1") == known
     assert sum(event[0] == "profiled" for event in plane.events) == num_before
     plane.unload("net@v1")
     known.versions["torch"] = "0.0"
     plane.load(replace(definition, profiles=[known.SerializeToString(), b"\xff"]))
-    assert plane.model("net@v1")["profile"] != "ready"
+    assert state(plane, "net@v1") != "ready"
     assert profile(plane, "net@v1").versions["torch"] != "0.0"
 
 
@@ -252,7 +258,7 @@ def test_nothing_is_measured_while_the_device_is_busy(plane: Plane) -> None:
     stream.send(1.5, method="nap")
     wait_for(lambda: plane.status()["num_running"] == 1, 30)
     plane.load(both["net"])
-    assert plane.model("net@v1")["profile"] == "pending"
+    assert state(plane, "net@v1") == "pending"
     stream.read()
     assert ("profiled", "net@v1", "") not in plane.events
     assert profile(plane, "net@v1").methods[0].chosen_rows

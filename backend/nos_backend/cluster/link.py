@@ -196,6 +196,23 @@ class ClusterLink:
             for replica in reply["replicas"]
         ]
 
+    async def attempt(
+        self, definition: ModelDefinition, call: dict[str, Any] | None, data: bytes
+    ) -> None:
+        """Have a worker make a model and one call of it, and forget it.
+
+        Args:
+            definition: Of a model that need not be served.
+            call: Fields of a `nos_backend.worker.arguments.Call`; None for none.
+            data: What its nodes' offsets count into.
+
+        Raises:
+            LoadError: If its code fails.
+            OutOfDeviceMemoryError: If that worker has no room.
+            UnavailableError: If there is no worker, or the scheduler does not answer.
+        """
+        await self._ask("nos_try", definition=definition.to_dict(), call=call, data=data)
+
     async def scale(
         self, definition: ModelDefinition, min_replicas: int, max_replicas: int
     ) -> None:
@@ -244,14 +261,19 @@ class ClusterLink:
             for worker, lines in reply["logs"].items()
         }
 
-    async def profiles(self, key: str) -> list[bytes]:
-        """Return what workers measured of a model, each a serialized `nos.v1.Profile`.
+    async def profiles(self, key: str) -> list[dict[str, Any]]:
+        """Return what the workers that have a model measured of it.
+
+        ::
+
+            [{"state": "none" | "waits for a call" | "pending" | "ready",
+              "profile": bytes (a nos.v1.Profile; empty unless ready), "note": why there is none}]
 
         Raises:
             UnavailableError: If the scheduler does not answer.
         """
         reply = await self._ask("nos_profiles", key=key)
-        return [bytes(profile) for profile in reply["profiles"]]
+        return [dict(profile) for profile in reply["profiles"]]
 
     async def state(self) -> dict[str, Any]:
         """Return how the cluster stands, as plain containers.

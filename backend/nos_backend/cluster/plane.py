@@ -78,6 +78,7 @@ class ServePlane(SchedulerPlugin):
         scheduler.handlers["nos_keys"] = self.set_keys
         scheduler.handlers["nos_revoke"] = self.revoke
         scheduler.handlers["nos_load"] = self.load
+        scheduler.handlers["nos_try"] = self.attempt
         scheduler.handlers["nos_unload"] = self.unload
         scheduler.handlers["nos_scale"] = self.scale
         scheduler.handlers["nos_retire"] = self.retire
@@ -138,6 +139,17 @@ class ServePlane(SchedulerPlugin):
             # Loading has a limit of its own, in the worker; waiting for a worker has this one.
             await self._await_change()
         return {"replicas": self._endpoints(key, model)}
+
+    async def attempt(
+        self, definition: dict[str, Any], call: dict[str, Any] | None, data: bytes
+    ) -> dict[str, Any]:
+        """Have a worker with a device that suits try a model which is not placed; or say that none is there."""
+        loads = sorted(self._reconciler.workers.items(), key=lambda it: len(it[1].keys))
+        for address, load in loads:
+            if address in self._ready and (definition["device"] != "cuda" or load.device != "cpu"):
+                arguments = {"definition": definition, "call": call, "data": data}
+                return await self._command(address, "nos_try", **arguments)
+        return {"error": _error(Reason.UNAVAILABLE, "no worker can try the model now")}
 
     async def unload(self, key: str) -> dict[str, Any]:
         """Forget a model and take it off every worker that has it."""
@@ -200,11 +212,11 @@ class ServePlane(SchedulerPlugin):
         return {"logs": found}
 
     async def profiles(self, key: str) -> dict[str, Any]:
-        """Return what workers measured of a model, each a serialized `nos.v1.Profile`."""
+        """Return what workers measured of a model; the form stands at `ClusterLink.profiles`."""
         replies = await asyncio.gather(
             *(self._command(address, "nos_profile", key=key) for address in self._serving())
         )
-        return {"profiles": [reply["profile"] for reply in replies if reply.get("profile")]}
+        return {"profiles": [reply for reply in replies if "profile" in reply]}
 
     async def state(self) -> dict[str, Any]:
         """Return workers and models as plain containers; the form stands at `ClusterLink.state`."""

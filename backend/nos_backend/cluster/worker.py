@@ -108,6 +108,7 @@ class HostPlugin(WorkerPlugin):
         worker.handlers["nos_keys"] = self.set_keys
         worker.handlers["nos_revoke"] = self.revoke
         worker.handlers["nos_load"] = self.load
+        worker.handlers["nos_try"] = self.attempt
         worker.handlers["nos_unload"] = self.unload
         worker.handlers["nos_state"] = self.state
         worker.handlers["nos_logs"] = self.logs
@@ -148,6 +149,18 @@ class HostPlugin(WorkerPlugin):
         """Load a model; returns the status when it answers, `{"error": nos.v1.Error}` when it cannot."""
         return await self._attempt(lambda: self._plane.load(ModelDefinition.from_dict(definition)))
 
+    async def attempt(
+        self, definition: dict[str, Any], call: dict[str, Any] | None, data: bytes
+    ) -> dict[str, Any]:
+        """Make a model and one call of it, and forget it; `{"error": nos.v1.Error}` when that fails."""
+        from nos_backend.worker.arguments import Call
+
+        return await self._attempt(
+            lambda: self._manager.attempt(
+                ModelDefinition.from_dict(definition), Call(**call) if call else None, data
+            )
+        )
+
     async def unload(self, key: str, budget_s: float = 0.0) -> dict[str, Any]:
         """Unload a model once its streams have moved on and its work in flight is done.
 
@@ -163,12 +176,12 @@ class HostPlugin(WorkerPlugin):
         return self._status
 
     async def profile(self, key: str) -> dict[str, Any]:
-        """Return what was measured of a model: a serialized `nos.v1.Profile`, empty if nothing was."""
+        """Return how far a model's profile is; empty if the model is not here."""
 
-        async def read() -> bytes:
+        async def read() -> dict[str, Any]:
             return self._manager.profile(key)
 
-        return {"profile": await asyncio.wrap_future(self._plane.submit_coroutine(read))}
+        return await asyncio.wrap_future(self._plane.submit_coroutine(read))
 
     async def logs(self, key: str, max_lines: int) -> dict[str, Any]:
         """Return the last lines that a model printed here."""

@@ -38,6 +38,12 @@ class Cluster(Protocol):
         """Place a model and wait until it answers; returns its replicas, the least loaded first."""
         ...
 
+    async def attempt(
+        self, definition: ModelDefinition, call: dict[str, Any] | None, data: bytes
+    ) -> None:
+        """Have a worker make a model and one call of it, and forget it."""
+        ...
+
     async def scale(
         self, definition: ModelDefinition, min_replicas: int, max_replicas: int
     ) -> None:
@@ -56,7 +62,7 @@ class Cluster(Protocol):
         """Return the last lines that a model printed, by worker."""
         ...
 
-    async def profiles(self, key: str) -> list[bytes]:
+    async def profiles(self, key: str) -> list[dict[str, Any]]:
         """Return what workers measured of a model."""
         ...
 

@@ -14,7 +14,7 @@ from nos.wire.v1 import models_pb2
 if TYPE_CHECKING:
     from nos_backend.cluster.link import ClusterEvent
     from nos_backend.control.catalogue import Version
-    from nos_backend.control.cluster import Cluster, StateCache
+    from nos_backend.control.cluster import Cluster
     from nos_backend.control.registry import Registry
     from nos_backend.control.resolver import Resolver
 
@@ -31,13 +31,11 @@ class Profiles:
     Args:
         registry: Keeps them.
         cluster: Knows those that workers made.
-        states: Says how far they are.
     """
 
-    def __init__(self, registry: Registry, cluster: Cluster, states: StateCache) -> None:
+    def __init__(self, registry: Registry, cluster: Cluster) -> None:
         self._registry = registry
         self._cluster = cluster
-        self._states = states
         #: By key, then by device and product.
         self._known: dict[str, dict[tuple[str, str], models_pb2.Profile]] = {}
         for profile in registry.read_profiles():
@@ -51,7 +49,7 @@ class Profiles:
     def on_event(self, event: ClusterEvent) -> None:
         """Fetch what a worker has just measured."""
         if event.kind == "profiled":
-            task = asyncio.create_task(self._fetch(event.model), name=f"profile {event.model}")
+            task = asyncio.create_task(self._take(event.model), name=f"profile {event.model}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -67,25 +65,24 @@ class Profiles:
         deadline_s = time.monotonic() + _PATIENCE_S
         while key not in self._known:
             await resolver.load(version)
-            found = _reports(await self._states.read(_POLL_S), key)
-            states = {str(report.get("profile", "")) for report in found}
-            if "ready" in states:
-                await self._fetch(key)
-            elif "waits for a call" in states:
+            found = await self._fetch(key)
+            if key in self._known:
+                break
+            states = {str(item.get("state")) for item in found}
+            if "waits for a call" in states:
                 raise InvalidRequestError(
                     f"{key} is measured with its first call: its signature leaves sizes open",
                     "model",
                     hint="Call it once, or declare sizes: Annotated[torch.Tensor, 'float32[batch, 3]']",
                 )
-            elif states == {"none"}:
-                notes = "; ".join(filter(None, (str(report.get("note", "")) for report in found)))
+            if states == {"none"}:
+                notes = "; ".join(filter(None, (str(item.get("note", "")) for item in found)))
                 raise InvalidRequestError(f"{key} has no profile", "model", got=notes)
-            if key not in self._known and time.monotonic() > deadline_s:
+            if time.monotonic() > deadline_s:
                 raise UnavailableError(
                     f"{key} has no profile yet", "model", hint="The device is busy; try again later"
                 )
-            if key not in self._known:
-                await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_POLL_S)
         return max(self._known[key].values(), key=lambda profile: profile.time_s)
 
     def forget(self, name: str) -> None:
@@ -93,30 +90,27 @@ class Profiles:
         for key in [key for key in self._known if key.rpartition("@")[0] == name]:
             del self._known[key]
 
-    async def _fetch(self, key: str) -> None:
+    async def _fetch(self, key: str) -> list[dict[str, Any]]:
+        """Keep what workers measured of a version; returns what they say."""
+        found = await self._cluster.profiles(key)
+        for item in found:
+            raw = item.get("profile")
+            try:
+                profile = models_pb2.Profile.FromString(raw if isinstance(raw, bytes) else b"")
+            except DecodeError:
+                _logger.warning("a worker's profile of %s is damaged", key)
+                continue
+            if profile.model == key and self._known.get(key, {}).get(_place(profile)) != profile:
+                self._known.setdefault(key, {})[_place(profile)] = profile
+                await self._registry.add_profile(profile)
+        return found
+
+    async def _take(self, key: str) -> None:
         try:
-            raws = await self._cluster.profiles(key)
-            for raw in raws:
-                profile = models_pb2.Profile.FromString(raw)
-                known = self._known.setdefault(key, {})
-                if profile.model == key and known.get(_place(profile)) != profile:
-                    known[_place(profile)] = profile
-                    await self._registry.add_profile(profile)
-        except DecodeError:
-            _logger.warning("a worker's profile of %s is damaged", key)
+            await self._fetch(key)
         except NosError as error:
             _logger.warning("the profile of %s is not kept: %s", key, error)
 
 
 def _place(profile: models_pb2.Profile) -> tuple[str, str]:
     return profile.device.partition(":")[0], profile.product
-
-
-def _reports(state: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """Return what workers say of a version."""
-    return [
-        model
-        for worker in state["workers"]
-        for model in worker["status"].get("models", ())
-        if model["key"] == key
-    ]

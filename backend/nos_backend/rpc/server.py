@@ -87,7 +87,7 @@ class GatewayServer:
         self._events = Events()
         states = StateCache(cluster)
         self._states = states
-        self._profiles = Profiles(registry, cluster, states)
+        self._profiles = Profiles(registry, cluster)
         self._resolver = Resolver(catalogue, cluster, signer, ticket_ttl_s, self._profiles.of)
         self._channels = Channels()
         self._clusters = ClusterService(

@@ -178,6 +178,17 @@ class ModelManager:
         entry = self._entries.get(key)
         return entry.definition.owner if entry else ""
 
+    async def attempt(
+        self, definition: ModelDefinition, call: Call | None = None, data: bytes = b""
+    ) -> None:
+        """Try a model that nobody is served yet: make it, make one call of it, and forget it.
+
+        Raises:
+            LoadError: If its code fails.
+            OutOfDeviceMemoryError: If the device has no room.
+        """
+        await self._loader.attempt(definition, self._slots.device_of(definition), call, data)
+
     async def load(self, definition: ModelDefinition) -> None:
         """Make a model answer; at once if it does. A caller that leaves does not stop the load.
 
@@ -280,7 +291,6 @@ class ModelManager:
             "statistics": self._dispatcher.statistics(key),
             "load_s": entry.load_s,
             "note": self._note_of(entry),
-            "profile": self._profiles.state(key),
             "history": self._memory.history(key),
             "error": str(entry.error) if entry.error else "",
         }
@@ -290,9 +300,9 @@ class ModelManager:
         learnt = f"at most {max_rows} rows in a batch: more did not go together" if max_rows else ""
         return "; ".join(filter(None, (entry.note, learnt, self._profiles.note(entry.key))))
 
-    def profile(self, key: str) -> bytes:
-        """Return what a model needs, a serialized `nos.v1.Profile`; empty if it was not measured."""
-        return self._profiles.get(key)
+    def profile(self, key: str) -> dict[str, Any]:
+        """Return what was measured of a model, in plain types; see `Profiles.get`."""
+        return self._profiles.get(key) if key in self._entries else {}
 
     def executor_pids(self) -> dict[str, int]:
         """Return the process of each executor that lives, by its slot's name."""

@@ -180,23 +180,33 @@ class Profiles:
         record.samples.append(sample)
         record.sampled.set()
 
-    def get(self, key: str) -> bytes:
-        """Return a model's profile, a serialized `nos.v1.Profile`; empty if there is none."""
+    def get(self, key: str) -> dict[str, Any]:
+        """Return how far a model's profile is, in plain types.
+
+        ::
+
+            {"state": "none" | "waits for a call" | "pending" | "ready",
+             "profile": bytes (a nos.v1.Profile; empty unless ready), "note": why there is none}
+        """
         record = self._records.get(key)
-        return record.profile.SerializeToString() if record and record.profile else b""
+        profile = record.profile if record else None
+        return {
+            "state": self._state(record),
+            "profile": profile.SerializeToString() if profile else b"",
+            "note": record.note if record else "",
+        }
 
     def note(self, key: str) -> str:
         """Return why a model has no profile, or how its profile fell short; empty if it did not."""
         record = self._records.get(key)
         return record.note if record else ""
 
-    def state(self, key: str) -> str:
-        """Return `none`, `waits for a call`, `pending` or `ready`."""
-        record = self._records.get(key)
-        if record is None or record.task is None or record.task.done():
-            return "ready" if record is not None and record.profile is not None else "none"
-        if record.profile is not None:
+    @staticmethod
+    def _state(record: _Record | None) -> str:
+        if record is not None and record.profile is not None:
             return "ready"
+        if record is None or record.task is None or record.task.done():
+            return "none"
         return "pending" if record.samples else "waits for a call"
 
     def forget(self, key: str) -> None:
