@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _PREFIX: Final = "NOS_"
 #: Variables of ours that are no setting of the server.
 _OTHER_VARIABLES: Final = frozenset({"NOS_ADDRESS", "NOS_TOKEN_FILE", "NOS_WEIGHTS_DIR"})
-_OTHER_PREFIXES: Final = ("NOS_WORKER_",)
+_OTHER_PREFIXES: Final = ("NOS_WORKER_", "NOS_PLANE_")
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -73,6 +73,10 @@ class Settings(BaseSettings):
     measured, and batches have the usual limit."""
     host_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Bytes of main memory for copies of models; beyond it they go to files. Default: no limit."""
+    scale_down_s: Annotated[float, Field(gt=0)] = 60.0
+    """Replicas of a model that may have several leave after they have been too many for so many seconds."""
+    drain_s: Annotated[float, Field(gt=0)] = 30.0
+    """Streams may stay so many seconds on a replica that leaves; what they sent is answered all the same."""
     state_dir: Path = Field(default_factory=state_dir)
     """Folder for the token, the logs and what the gateway keeps."""
     models: Annotated[list[Path], NoDecode] = []

@@ -14,7 +14,13 @@ from nos.wire.local import LOG_FOLDER_NAME
 from nos_backend.children import Child
 from nos_backend.cluster.certificates import TlsFiles
 from nos_backend.cluster.device import WorkerSettings, describe_device, find_devices
-from nos_backend.cluster.launch import Command, gateway_environ, scheduler_command, worker_command
+from nos_backend.cluster.launch import (
+    Command,
+    PlaneSettings,
+    gateway_environ,
+    scheduler_command,
+    worker_command,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +75,11 @@ def plan_children(
         dashboard_port = _choose_dashboard_port(settings.dashboard_port)
         dashboard_url = f"http://{_LOOPBACK}:{dashboard_port}/status"
         command = scheduler_command(
-            host=_LOOPBACK, port=scheduler_port, dashboard_port=dashboard_port, tls=tls
+            host=_LOOPBACK,
+            port=scheduler_port,
+            dashboard_port=dashboard_port,
+            tls=tls,
+            settings=PlaneSettings(drain_s=settings.drain_s, scale_down_s=settings.scale_down_s),
         )
         children.append(_child("scheduler", command, settings))
     for name, device in devices.items():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from nos import types
+from nos.errors import InvalidRequestError
 from nos.wire import signature, status, values
 from nos.wire.v1 import cluster_pb2, models_pb2
 
@@ -82,6 +83,39 @@ def unload(model: str) -> Rpc[types.ModelInfo]:
         models_pb2.UnloadModelRequest(model=model),
         lambda raw: to_info(models_pb2.UnloadModelResponse.FromString(raw).model),
         LOAD_TIMEOUT_S,
+    )
+
+
+def scale(
+    model: str, replicas: int | None, low: int | None, high: int | None
+) -> Rpc[types.ModelInfo]:
+    """Say how many replicas a model may have.
+
+    Raises:
+        InvalidRequestError: If the numbers are missing, or contradict each other.
+    """
+    if (replicas is None) == (low is None and high is None):
+        raise InvalidRequestError(
+            "how many replicas?",
+            "replicas",
+            "replicas, or min and max",
+            "both" if replicas else "neither",
+        )
+    if replicas is not None:
+        low = high = replicas
+    low = 1 if low is None else low
+    high = max(low, 1) if high is None else high
+    if not 0 <= low <= high or high < 1:
+        raise InvalidRequestError(
+            "the numbers of replicas are wrong",
+            "max",
+            f"at least {max(1, low)}",
+            f"{low} to {high}",
+        )
+    return Rpc(
+        _MODELS + "ScaleModel",
+        models_pb2.ScaleModelRequest(model=model, min_replicas=low, max_replicas=high),
+        lambda raw: to_info(models_pb2.ScaleModelResponse.FromString(raw).model),
     )
 
 
@@ -300,10 +334,12 @@ def to_info(message: models_pb2.ModelInfo) -> types.ModelInfo:
                 ),
                 host_bytes=it.host_bytes,
                 note=it.note,
+                phase=it.phase,
             )
             for it in message.replicas
         ),
         error=str(status.from_message(message.error)) if has_error else "",
+        scaling=_to_scaling(message.scaling) if message.HasField("scaling") else None,
     )
 
 
@@ -323,6 +359,16 @@ def to_status(
         source=source,
         routes=routes,
         notices=tuple(message.notices),
+    )
+
+
+def _to_scaling(message: models_pb2.Scaling) -> types.Scaling:
+    return types.Scaling(
+        min_replicas=message.min_replicas,
+        max_replicas=message.max_replicas,
+        target_replicas=message.target_replicas,
+        reason=message.reason,
+        pending=message.pending,
     )
 
 
@@ -351,6 +397,7 @@ def _to_worker(message: cluster_pb2.Worker) -> types.Worker:
         num_running=message.num_running,
         num_streams=message.num_streams,
         num_executors=message.num_executors,
+        is_retiring=message.is_retiring,
     )
 
 

@@ -151,6 +151,18 @@ class AsyncClient:
             return await _answer(self._engine, _stats.get(name), timeout_s)
         return await _answer(self._engine, _stats.get_all(), timeout_s)
 
+    async def scale(
+        self,
+        name: str,
+        replicas: int | None = None,
+        *,
+        min: int | None = None,
+        max: int | None = None,
+        timeout_s: float | None = None,
+    ) -> ModelInfo:
+        """See `Client.scale`."""
+        return await _answer(self._engine, _control.scale(name, replicas, min, max), timeout_s)
+
     async def logs(
         self, name: str, *, max_lines: int = 0, timeout_s: float | None = None
     ) -> list[LogLine]:
@@ -536,6 +548,16 @@ class AsyncModelHandle(HandleCore):
     async def unload(self) -> ModelInfo:
         """Take it off its devices; see `Client.unload`."""
         return await _answer(self._engine, _control.unload(self.spec.key))
+
+    async def scale(
+        self,
+        replicas: int | None = None,
+        *,
+        min: int | None = None,
+        max: int | None = None,
+    ) -> ModelInfo:
+        """Say how many replicas it may have; see `Client.scale`."""
+        return await _answer(self._engine, _control.scale(self.spec.key, replicas, min, max))
 
 
 async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:

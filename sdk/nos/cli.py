@@ -139,6 +139,19 @@ def unload(model: Model, as_json: Json = False) -> None:
 
 
 @app.command()
+def scale(
+    model: Model,
+    replicas: Annotated[int | None, typer.Argument(help="Exactly so many", min=1)] = None,
+    low: Annotated[int | None, typer.Option("--min", help="At least so many", min=0)] = None,
+    high: Annotated[int | None, typer.Option("--max", help="At most so many", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how many replicas a model may have; between --min and --max the load decides."""
+    with _Place.connect() as client:
+        _show(client.scale(model, replicas, min=low, max=high), as_json)
+
+
+@app.command()
 def run(
     model: Model,
     value: Annotated[

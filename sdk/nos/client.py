@@ -155,9 +155,7 @@ class Client:
     @overload
     def stats(self, *, timeout_s: float | None = None) -> StatsList: ...
 
-    def stats(
-        self, name: str = "", *, timeout_s: float | None = None
-    ) -> ModelStats | StatsList:
+    def stats(self, name: str = "", *, timeout_s: float | None = None) -> ModelStats | StatsList:
         """Return what became of a model's requests since it was loaded, or of every model's.
 
         Args:
@@ -167,6 +165,33 @@ class Client:
         if name:
             return self._engine.wait(_stats.get(name), timeout_s)
         return self._engine.wait(_stats.get_all(), timeout_s)
+
+    def scale(
+        self,
+        name: str,
+        replicas: int | None = None,
+        *,
+        min: int | None = None,
+        max: int | None = None,
+        timeout_s: float | None = None,
+    ) -> ModelInfo:
+        """Say how many replicas a model may have; the server sees to it from then on.
+
+        Each replica has a worker of its own. What is missing, and why, stands in `info(name).scaling`.
+
+        Args:
+            name: `name` or `name@v3`.
+            replicas: Exactly so many.
+            min: At least so many; 0 lets it leave while nobody calls.
+            max: At most so many; between the two the load decides.
+            timeout_s: How long the server may take to answer.
+
+        Raises:
+            InvalidRequestError: If the numbers are missing or contradict each other.
+            ModelNotFoundError: If there is no such model.
+            PermissionDeniedError: If it is another owner's.
+        """
+        return self._engine.wait(_control.scale(name, replicas, min, max), timeout_s)
 
     def logs(
         self, name: str, *, max_lines: int = 0, timeout_s: float | None = None
@@ -633,3 +658,13 @@ class ModelHandle(HandleCore):
     def unload(self) -> ModelInfo:
         """Take it off its devices; see `Client.unload`."""
         return self._engine.wait(_control.unload(self.spec.key))
+
+    def scale(
+        self,
+        replicas: int | None = None,
+        *,
+        min: int | None = None,
+        max: int | None = None,
+    ) -> ModelInfo:
+        """Say how many replicas it may have; see `Client.scale`."""
+        return self._engine.wait(_control.scale(self.spec.key, replicas, min, max))

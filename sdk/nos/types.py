@@ -299,6 +299,30 @@ class ReplicaInfo:
     """Of its copy in main memory."""
     note: str = ""
     """What is unusual about it, for instance why it has an executor of its own."""
+    phase: str = ""
+    """What the cluster makes of it: `loading`, `serving`, `draining`, or empty if it is about to go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """How many replicas of a model there may be and should be."""
+
+    min_replicas: int
+    max_replicas: int
+    target_replicas: int
+    """How many are wanted at the moment."""
+    reason: str = ""
+    """Why so many."""
+    pending: str = ""
+    """Why some are missing; empty if none is, or all are on their way."""
+
+    def __str__(self) -> str:
+        """Return it as a line."""
+        wanted = f"{self.target_replicas} wanted"
+        if self.min_replicas != self.max_replicas:
+            wanted += f" of {self.min_replicas} to {self.max_replicas}"
+        missing = f"; some are missing: {self.pending}" if self.pending else ""
+        return f"{wanted} ({self.reason}){missing}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,6 +335,8 @@ class ModelInfo(_Table):
     replicas: tuple[ReplicaInfo, ...] = ()
     error: str = ""
     """Why it failed, when it did."""
+    scaling: Scaling | None = None
+    """None until anybody asked for it."""
     collected: tuple[str, ...] = ()
     """What `register` found that its source needs and sent along: imports, constants, functions, files."""
 
@@ -341,6 +367,7 @@ class ModelInfo(_Table):
         rows = [
             ("state", f"{self.state}: {self.error}" if self.error else self.state),
             ("loaded", where),
+            *([("replicas", str(self.scaling))] if self.scaling else []),
             ("device memory", _tables.format_bytes(self.device_bytes)),
             ("owner", self.spec.owner),
             ("takes", f"device {self.spec.device}, isolation {self.spec.isolation}"),
@@ -438,6 +465,8 @@ class Worker:
     num_running: int = 0
     num_streams: int = 0
     num_executors: int = 0
+    is_retiring: bool = False
+    """Whether it leaves once what it serves is served elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
