@@ -7,8 +7,8 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from nos._tls import OWN_NAME, SCHEME
 from nos.errors import ConfigError
+from nos.wire.local import OWN_NAME, TLS_SCHEME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ class PublicTls:
     def url(self, address: str) -> str:
         """Return what `nos.connect` takes for a server at `host:port`."""
         name = "" if self.name == OWN_NAME else f"&name={self.name}"
-        return f"{SCHEME}{address}?ca=sha256:{self.fingerprint}{name}"
+        return f"{TLS_SCHEME}{address}?ca=sha256:{self.fingerprint}{name}"
 
 
 def public_tls(settings: Settings) -> PublicTls | None:

@@ -14,10 +14,7 @@ from typing import Final
 from urllib.parse import parse_qsl
 
 from nos.errors import ConfigError, UnavailableError
-
-SCHEME: Final = "tls://"
-#: What the certificate that a server made for itself is for, whatever its address.
-OWN_NAME: Final = "nos-server"
+from nos.wire.local import OWN_NAME, TLS_SCHEME
 
 _FINGERPRINT: Final = "sha256:"
 _TIMEOUT_S: Final = 5.0
@@ -31,9 +28,9 @@ def split(url: str) -> tuple[str, dict[str, str] | None]:
     Raises:
         ConfigError: If the address says something else.
     """
-    if not url.startswith(SCHEME):
+    if not url.startswith(TLS_SCHEME):
         return url, None
-    address, _, query = url.removeprefix(SCHEME).partition("?")
+    address, _, query = url.removeprefix(TLS_SCHEME).partition("?")
     options = dict(parse_qsl(query))
     for key in options:
         if key not in {"ca", "name"}:

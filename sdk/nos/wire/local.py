@@ -34,6 +34,11 @@ RECORD_NAME: Final = "backend.json"
 TOKEN_NAME: Final = "token"  # noqa: S105 - a file's name
 LOG_FOLDER_NAME: Final = "logs"
 
+#: How addresses of servers that encrypt begin.
+TLS_SCHEME: Final = "tls://"
+#: What the certificate that a server made for itself is for, whatever its address.
+OWN_NAME: Final = "nos-server"
+
 _POLL_S: Final = 0.05
 
 

@@ -84,7 +84,8 @@ async def test_every_field_of_a_definition_is_kept(shelf):
         field.name: given.get(str(field.type).split("[")[0].split(" ")[0], [("width", [1, None])])
         for field in dataclasses.fields(ModelDefinition)
     }
-    definition = ModelDefinition(**{**fields, "folder": str(shelf.folder)})
+    lists = {"environment": ["einops"], "profiles": []}
+    definition = ModelDefinition(**{**fields, **lists, "folder": str(shelf.folder)})
     await shelf.registry.add_version(definition, ACTOR)
     again = shelf.reopened()
     assert again.registry.read_models()["x"].definitions == {7: definition}
