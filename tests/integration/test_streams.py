@@ -18,13 +18,19 @@ import psutil
 import pytest
 from nos._local import LocalStream
 from nos._session import Session
-from nos.errors import InvalidRequestError, NosError, OverloadedError, UnauthenticatedError
+from nos.errors import (
+    InvalidRequestError,
+    LimitExceededError,
+    NosError,
+    OverloadedError,
+    UnauthenticatedError,
+)
 from nos.wire import status, values
 from nos.wire.shared import HEAD
 from nos.wire.v1 import inference_pb2
 
 from tests.plane import fake_models, running_plane
-from tests.servers import wait_for
+from tests.servers import ROOT, wait_for
 
 FRAME = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
 
@@ -51,6 +57,7 @@ def test_shared_memory_is_off_by_flag(server):
         assert all(way.startswith("direct to") for way in client.status().routes.values())
 
 
+@pytest.mark.accept("D5")
 def test_local_frames_of_many_threads_are_never_mixed_up(local):
     model = local.model("nos/echo")
     num_threads, num_calls = 8, 2000
@@ -85,6 +92,7 @@ def test_a_local_result_stays_when_its_memory_is_used_again(local):
     np.testing.assert_array_equal(first, FRAME)
 
 
+@pytest.mark.accept("D5")
 def test_nothing_is_left_of_a_killed_local_client(server):
     code = f"""
 import nos, numpy as np, sys
@@ -107,13 +115,13 @@ sys.stdin.read()
         assert process.stdout.readline() == "ready\n"
         assert mappings() > before
         process.send_signal(signal.SIGKILL)
-    wait_for(lambda: mappings() <= before, "the worker lets go of the memory", 10)
+    wait_for(lambda: mappings() <= before, "the worker lets go of the memory", 30)
     assert not list(Path("/dev/shm").glob("nos*"))
 
 
 @pytest.fixture(scope="module")
 def plane():
-    with running_plane(fake_models("slow")) as running:
+    with running_plane(fake_models("slow", "signatures")) as running:
         yield running
 
 
@@ -198,6 +206,89 @@ def test_a_slot_out_of_range_ends_its_stream_only(plane):
     [message] = messages(stream)
     assert isinstance(status.from_message(message.error), InvalidRequestError)
     assert plane.run("fake/slow@v1", "", 0.0) == 0.0
+
+
+SIGNATURE = "fake/signature@v1"
+
+
+def images(rows, side=8):
+    return np.ones((rows, 3, side, side), np.float32)
+
+
+def test_another_shape_mid_stream_fails_only_where_the_model_forbids_it(plane):
+    stream = plane.stream(SIGNATURE)
+    for array in (images(2), images(5), images(2, side=9), images(0), images(1)):
+        stream.send(array)
+    found = stream.results()
+    assert [len(found[seq]) for seq in (1, 2, 4, 5)] == [2, 5, 0, 1]
+    assert isinstance(found[3], InvalidRequestError)
+    assert "(batch, 3, 8, 8), got (2, 3, 9, 9)" in str(found[3])
+
+
+def test_a_chunk_with_more_than_was_announced_fails_its_frame_only(plane):
+    stream = plane.stream(SIGNATURE)
+    stream.send(images(1), num_chunks=1)
+    nodes, payload = values.write_arguments([("", images(2000))])
+    header = inference_pb2.Frame(arguments=nodes, data_bytes=payload.size)
+    stream.say(seq=2, frame=header, data=bytes(1 << 20))
+    stream.say(seq=2, chunk=inference_pb2.Chunk(), data=bytes(3 << 20))
+    stream.say(seq=2, chunk=inference_pb2.Chunk(), data=bytes(1 << 20))
+    stream._last_seq = 2
+    stream.send(images(3))
+    found = stream.results()
+    assert (len(found[1]), len(found[3])) == (1, 3)
+    assert isinstance(found[2], InvalidRequestError)
+    assert "more bytes than it said" in str(found[2])
+
+
+@pytest.mark.parametrize("size", [(2 << 30) + 1, 1 << 50, (1 << 64) - 1])
+def test_a_frame_over_the_limit_fails_alone_and_reserves_nothing(plane, size):
+    stream = plane.stream(SIGNATURE)
+    nodes, _ = values.write_arguments([("", images(1))])
+    stream.say(seq=1, frame=inference_pb2.Frame(arguments=nodes, data_bytes=size))
+    stream._last_seq = 1
+    stream.send(images(3))
+    found = stream.results()
+    assert isinstance(found[1], LimitExceededError)
+    assert f"got {size}" in str(found[1])
+    assert len(found[2]) == 3
+
+
+@pytest.mark.parametrize("seq", [0, 1, 3, (1 << 64) - 1])
+def test_a_number_that_is_repeated_or_skipped_ends_its_stream_only(plane, seq):
+    stream, other = plane.stream("fake/slow@v1"), plane.stream("fake/slow@v1")
+    nodes, _ = values.write_arguments([("", 0.0)])
+    for number in (1, seq):
+        stream.say(seq=number, frame=inference_pb2.Frame(arguments=nodes))
+    with pytest.raises(InvalidRequestError, match=f"expected 2, got {seq}"):
+        list(iter(stream.read, None))
+    other.send(0.0)
+    assert other.results() == {1: 0.0}
+
+
+def test_a_chunk_of_no_frame_ends_its_stream_only(plane):
+    stream, other = plane.stream("fake/slow@v1"), plane.stream("fake/slow@v1")
+    stream.say(seq=7, chunk=inference_pb2.Chunk(), data=b"x")
+    with pytest.raises(InvalidRequestError, match="the chunk belongs to no frame"):
+        stream.read()
+    other.send(0.0)
+    assert other.results() == {1: 0.0}
+
+
+@pytest.mark.accept("A8")
+def test_a_client_made_from_the_protocol_alone_streams_frames_of_several_tensors(server):
+    script = ROOT / "examples" / "plain_client.py"
+    assert "import nos" not in script.read_text()
+    done = subprocess.run(
+        [sys.executable, script, server.address, server.token_file],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "8 of 8 frames came back as they were\n"), (
+        done.stderr
+    )
 
 
 @pytest.fixture(params=["local", "direct", "relay"])
