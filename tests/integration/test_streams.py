@@ -58,6 +58,7 @@ def test_shared_memory_is_off_by_flag(server):
 
 
 @pytest.mark.accept("D5")
+@pytest.mark.accept("D5")
 def test_local_frames_of_many_threads_are_never_mixed_up(local):
     model = local.model("nos/echo")
     num_threads, num_calls = 8, 2000
@@ -92,6 +93,7 @@ def test_a_local_result_stays_when_its_memory_is_used_again(local):
     np.testing.assert_array_equal(first, FRAME)
 
 
+@pytest.mark.accept("D5")
 @pytest.mark.accept("D5")
 def test_nothing_is_left_of_a_killed_local_client(server):
     code = f"""
