@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 from nos import types
 from nos.errors import InvalidRequestError
@@ -11,9 +11,11 @@ from nos.wire import signature, status, values
 from nos.wire.v1 import cluster_pb2, models_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from google.protobuf.message import Message
+
+    from nos.wire.v1 import values_pb2
 
 T = TypeVar("T")
 
@@ -142,6 +144,10 @@ def get_logs(model: str, max_lines: int) -> Rpc[list[types.LogLine]]:
     return Rpc(_MODELS + "GetLogs", request, parse)
 
 
+#: Arguments of a call: (name or nothing, value).
+Example: TypeAlias = "Sequence[tuple[str, Any]]"
+
+
 def register(
     source: str,
     class_name: str,
@@ -153,6 +159,8 @@ def register(
     source_name: str,
     env: Sequence[str] = (),
     files: Sequence[models_pb2.ModelFile] = (),
+    example: Example | None = None,
+    check: bool = True,
     pin: bool | None = None,
     idle_unload_s: float | None = None,
 ) -> Rpc[types.ModelInfo]:
@@ -168,6 +176,8 @@ def register(
         source_name: Where the source came from.
         env: Packages that it needs besides the server's; none leaves it to the source.
         files: What it needs beside its source; uploaded before.
+        example: A call that is made before it is accepted.
+        check: Whether it is made before it is accepted.
         pin: Whether it stays on its device; None leaves it to the source.
         idle_unload_s: Likewise, after how long without use it leaves.
     """
@@ -181,13 +191,20 @@ def register(
         source_name=source_name,
         environment=env,
         files=files,
+        is_untried=not check,
         is_pinned=pin,
         idle_unload_s=idle_unload_s,
     )
+    if example is not None:
+        nodes, payload = values.write_arguments(example)
+        request.has_example = True
+        request.example_arguments.extend(nodes)
+        request.example_data = b"".join(payload.buffers)
     return Rpc(
         _MODELS + "RegisterModel",
         request,
         lambda raw: to_info(models_pb2.RegisterModelResponse.FromString(raw).model),
+        LOAD_TIMEOUT_S,
     )
 
 

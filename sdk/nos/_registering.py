@@ -51,11 +51,17 @@ def register(
         timeout_s: For the request itself; uploads have no limit.
         options: Fields of the request as they are.
     """
+    from nos import _packing  # most clients never register
+
     found = _pack(source, class_name, source_name, namespace, init or {}, example, pickle=pickle)
     nodes, payload = values.write_arguments(list((init or {}).items()))
     files = dict(found.files)
     if payload.size:
         files[_INIT_FILE] = b"".join(payload.buffers)
+    call = None
+    if example is not None:
+        args, kwargs = _packing.arguments_of(example)
+        call = [*(("", value) for value in args), *kwargs.items()]
     rpc = _control.register(
         found.text,
         found.class_name,
@@ -64,6 +70,7 @@ def register(
         source_name=found.source_name,
         env=packages(env),
         files=_blobs.upload(engine, files),
+        example=call,
         **options,
     )
     info = engine.wait(rpc, timeout_s)
@@ -80,7 +87,7 @@ def _pack(
     *,
     pickle: bool,
 ) -> Source:
-    from nos import _packing  # most registrations are of a class
+    from nos import _packing
 
     if pickle:
         return _packing.pickled(source)

@@ -217,6 +217,7 @@ class Client:
         init: Mapping[str, Any] | None = None,
         example: Any = None,
         pickle: bool = False,
+        check: bool = True,
         device: str = "",
         isolation: str = "",
         env: Sequence[str] | str | Path = (),
@@ -239,10 +240,12 @@ class Client:
             name: The model's name; by default what its `@nos.model` says.
             class_name: Which top-level name of the text is the model; known where a class is given.
             init: What `__init__` is called with: plain values, arrays and tensors, in lists and dicts.
-            example: Arguments of one call: a tuple by position, a dict by name, or the one argument. A
-                network is exported with them.
+            example: Arguments of one call, which is made before the model is accepted: a tuple by
+                position, a dict by name, or the one argument. A network is exported with them.
             pickle: Send the object itself by cloudpickle, not its source. Whoever serves it trusts you,
                 and runs the same minor version of Python.
+            check: Make the model, in a process of its own, before it is accepted; one that needs `env` is
+                made when it is loaded.
             device: `auto`, `cpu` or `cuda`.
             isolation: `shared` (with the owner's other models) or `process` (one of its own).
             env: Packages that it needs besides the server's, as in `["einops"]`, or the path of a
@@ -261,6 +264,7 @@ class Client:
             InvalidRequestError: If it needs something that cannot travel as source, for instance an open
                 connection; names that. Also if there is no source to be found, or no model in it.
             AlreadyExistsError: If another owner has the name.
+            LoadError: If its constructor or the example fails; with the lines of its source.
         """
         return _registering.register(
             self._engine,
@@ -270,6 +274,7 @@ class Client:
             init=init,
             example=example,
             pickle=pickle,
+            check=check,
             device=device,
             isolation=isolation,
             env=env,

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from nos.errors import InvalidRequestError, LoadError, NosError
+from nos.errors import InvalidRequestError, LoadError, ModelNotFoundError
 from torch import nn
 
 SHIFT = 3
@@ -83,9 +83,8 @@ def test_network_that_needs_arguments_says_which_and_the_ways_out(client):
 
 
 def test_weights_of_another_width_are_refused(client):
-    client.register(Net(8), name="objects/other", init={"width": 9})
-    with pytest.raises(NosError, match="not those of this class"):
-        client.load("objects/other")
+    with pytest.raises(LoadError, match="not those of this class"):
+        client.register(Net(8), name="objects/other", init={"width": 9})
 
 
 class Counter:
@@ -109,9 +108,8 @@ def test_pickled_object_is_served_where_its_author_asks(client):
 def test_pickle_of_another_python_is_refused_before_it_is_opened(client, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(sys, "version_info", (3, 8, 0))
-        client.register(Counter({}), name="objects/old", pickle=True)
-    with pytest.raises(LoadError, match=r"pickled by Python 3\.8"):
-        client.load("objects/old")
+        with pytest.raises(LoadError, match=r"pickled by Python 3\.8"):
+            client.register(Counter({}), name="objects/old", pickle=True)
 
 
 class Scaled:
@@ -160,3 +158,39 @@ def test_folder_and_file_are_served(client, tmp_path):
     file.write_text("def double(x: int) -> int:\n    return 2 * x\n")
     client.register(file, name="objects/file")
     assert client.model("objects/file")(4) == 8
+
+
+class Picky:
+    def __init__(self, ways: int) -> None:
+        if ways < 1:
+            raise ValueError(f"{ways} ways are too few")
+
+    def __call__(self, x: np.ndarray) -> float:
+        return float(x[3])
+
+
+def test_constructor_that_fails_is_told_at_once_and_nothing_is_registered(client):
+    with pytest.raises(LoadError, match="0 ways are too few") as raised:
+        client.register(Picky, name="objects/picky", init={"ways": 0})
+    assert f'{__file__}", line ' in str(raised.value)
+    assert "raise ValueError" in str(raised.value)
+    with pytest.raises(ModelNotFoundError):
+        client.info("objects/picky")
+    client.register(Picky, name="objects/picky", init={"ways": 0}, check=False)
+    assert client.info("objects/picky").state == "registered"
+
+
+def test_example_is_called_before_a_model_is_accepted(client):
+    with pytest.raises(LoadError, match="index 3 is out of bounds"):
+        client.register(Picky, name="objects/tried", init={"ways": 1}, example=np.ones(3))
+    with pytest.raises(InvalidRequestError, match="x"):
+        client.register(Picky, name="objects/tried", init={"ways": 1}, example={"y": 1})
+    client.register(Picky, name="objects/tried", init={"ways": 1}, example=np.ones(4))
+    info = client.info("objects/tried")
+    assert (info.version, info.state) == (1, "registered")
+
+
+def test_constructor_that_ends_its_process_is_told_at_once(client):
+    source = "import os\nclass Ender:\n    def __init__(self): os._exit(3)\n    def f(self): ..."
+    with pytest.raises(LoadError, match="ended its executor when it was tried"):
+        client.register(source, name="objects/ender")

@@ -143,7 +143,7 @@ class ServePlane(SchedulerPlugin):
     async def attempt(
         self, definition: dict[str, Any], call: dict[str, Any] | None, data: bytes
     ) -> dict[str, Any]:
-        """Have a worker with a device that suits try a model which is not placed; or say that none is there."""
+        """Have a worker whose device suits try a model that is not placed."""
         loads = sorted(self._reconciler.workers.items(), key=lambda it: len(it[1].keys))
         for address, load in loads:
             if address in self._ready and (definition["device"] != "cuda" or load.device != "cpu"):

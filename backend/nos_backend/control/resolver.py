@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from nos.errors import UnavailableError
+from nos.errors import OutOfDeviceMemoryError, UnavailableError
 
 from nos_backend.control.tickets import TICKET_TTL_S
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from nos_backend.control.cluster import Cluster
     from nos_backend.control.tickets import TicketSigner
     from nos_backend.control.tokens import Identity
+    from nos_backend.definition import ModelDefinition
 
+_logger = logging.getLogger(__name__)
 
 #: How long replicas and their load are believed without asking again.
 _FRESH_S: Final = 1.0
@@ -105,6 +108,24 @@ class Resolver:
             # Its failure counts as seen also where every caller has left.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
+
+    async def attempt(
+        self, definition: ModelDefinition, call: dict[str, Any] | None, data: bytes
+    ) -> None:
+        """Try a version before it is served; where there is no worker or no room now, it counts as good.
+
+        Args:
+            definition: Of the version.
+            call: Fields of a `nos_backend.worker.arguments.Call`, its example; None for none.
+            data: What its nodes' offsets count into.
+
+        Raises:
+            LoadError: If its code fails.
+        """
+        try:
+            await self._cluster.attempt(definition, call, data)
+        except (UnavailableError, OutOfDeviceMemoryError) as error:
+            _logger.info("%s is taken untried: %s", definition.key, error)
 
     async def unload(self, key: str) -> None:
         """Take a version off its workers, after its work in flight."""

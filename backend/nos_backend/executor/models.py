@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import time
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,10 +19,10 @@ import torch
 
 from nos_backend.executor import flat, loading, profiling, skeleton
 from nos_backend.executor.devices import Device, is_out_of_memory, open_device, return_memory
-from nos_backend.executor.failures import RefusedError
+from nos_backend.executor.failures import NoWireFormError, RefusedError
+from nos_backend.executor.values import Inputs, Outputs
 
 if TYPE_CHECKING:
-    import types
     from collections.abc import Callable
 
     from nos_backend.executor.residence import Residence
@@ -73,6 +74,7 @@ class Models:
         self._operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
             "load": self._load,
             "construct": self._construct,
+            "try": self._try,
             "store": self._store,
             "adopt": self._adopt,
             "bind": self._bind,
@@ -169,6 +171,24 @@ class Models:
             "reason": reason,
             "loose": list(plan.loose[:_NUM_NAMED]),
         }
+
+    def _try(self, message: Reply, fds: list[int]) -> Reply:
+        """Make one call of a model that was constructed here; its result has to travel."""
+        model = self._made(message["key"]).model
+        loading.move(model.target, model.device)
+        block = bytearray(os.pread(fds[0], message["size_bytes"], 0) or b"\0")
+        method = model.method(message["method"])
+        arguments = [(name, node) for name, node in message["args"]]
+        bound = method.bind(arguments, Inputs(memoryview(block), model.device))
+        with torch.inference_mode():
+            result = method.target(*bound.args, **bound.kwargs)
+            if isinstance(result, types.GeneratorType):
+                result = next(result, None)
+            try:
+                Outputs(result)
+            except NoWireFormError as error:
+                raise RefusedError("LOAD_FAILED", str(error), "example") from error
+        return {}
 
     def _store(self, message: Reply, fds: list[int]) -> Reply:
         """Write a constructed model's weights, and its skeleton if there is one, to the worker's memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from nos.errors import (
@@ -24,7 +25,7 @@ from nos_backend.control.names import parse_reference
 from nos_backend.control.requirements import normalize
 from nos_backend.definition import INIT_FILE, ModelDefinition
 from nos_backend.rpc.guard import actor, caller
-from nos_backend.worker.arguments import to_node
+from nos_backend.worker.arguments import check_arguments, to_node
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from nos_backend.control.catalogue import Catalogue, Entry
     from nos_backend.control.cluster import StateCache
+    from nos_backend.control.describe import Description
     from nos_backend.control.events import Events
     from nos_backend.control.folders import FolderStore
     from nos_backend.control.profiles import Profiles
@@ -122,6 +124,7 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
             device=request.device or "auto",
             isolation=request.isolation or "shared",
         )
+        await self._try(definition, description, request)
         version = await self._registrar.register(definition, description, actor())
         return models_pb2.RegisterModelResponse(model=await self._info(version.definition.name))
 
@@ -243,6 +246,32 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
                 if await watcher.take(_SETTLE_POLL_S if unsettled else None):
                     settled_s = time.monotonic() + _SETTLE_S
 
+    async def _try(
+        self,
+        definition: ModelDefinition,
+        description: Description,
+        request: models_pb2.RegisterModelRequest,
+    ) -> None:
+        """Have a model made, and called if there is an example, before it is accepted.
+
+        Raises:
+            LoadError: If its code fails.
+            InvalidRequestError: If the example does not fit it.
+        """
+        version = self._catalogue.prepare(definition, description)
+        call = None
+        if request.has_example:
+            method = request.example_method or _main_method(version.spec)
+            call = asdict(
+                check_arguments(
+                    version.spec, method, request.example_arguments, len(request.example_data)
+                )
+            )
+        entry = self._catalogue.get(definition.name)
+        is_known = entry is not None and version.definition.version in entry.versions
+        if not (is_known or request.is_untried or definition.environment):
+            await self._resolver.attempt(version.definition, call, request.example_data)
+
     def _make_folder(self, request: models_pb2.RegisterModelRequest) -> Path:
         files = list(request.files)
         if request.data:
@@ -314,6 +343,10 @@ def _check_owner(entry: Entry) -> None:
         raise PermissionDeniedError(
             f"{entry.name} is another owner's", "model", entry.owner, identity.tenant
         )
+
+
+def _main_method(spec: models_pb2.ModelSpec) -> str:
+    return spec.methods[0].name if len(spec.methods) == 1 else ""
 
 
 def _init(

@@ -56,9 +56,10 @@ from nos_backend.worker.replies import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from nos_backend.definition import ModelDefinition
+    from nos_backend.worker.arguments import Call
     from nos_backend.worker.processes import Process
 
 __all__ = ["Block", "Blocks", "Constructed", "Executor", "ForkServer", "LoadedModel", "Reply"]
@@ -242,6 +243,32 @@ class Executor(asyncio.Protocol):
             float(done["took_s"]),
         )
 
+    async def attempt(
+        self, definition: ModelDefinition, call: Call, data: bytes, timeout_s: float
+    ) -> None:
+        """Make one call of what was constructed; its result is dropped.
+
+        Args:
+            definition: Of the model.
+            call: Which call.
+            data: What its nodes' offsets count into.
+            timeout_s: How long it may take.
+
+        Raises:
+            NosError: As `load`.
+        """
+        with _in_memory(data) as fd:
+            await self._load(
+                "try",
+                definition.key,
+                timeout_s,
+                (fd,),
+                definition={"source_name": definition.source_name},
+                method=call.method,
+                args=call.arguments,
+                size_bytes=len(data),
+            )
+
     async def store(self, key: str, weights_fd: int, skeleton_fd: int, timeout_s: float) -> None:
         """Have what was constructed written to shared memory, of which nothing stays mapped.
 
@@ -316,13 +343,8 @@ class Executor(asyncio.Protocol):
         Raises:
             NosError: What the model raised, or that the executor ended.
         """
-        fd = os.memfd_create("nos-sample", os.MFD_CLOEXEC)
-        try:
-            with open(fd, "wb", closefd=False) as file:  # noqa: ASYNC230 - memory, not a disk
-                file.write(data)
+        with _in_memory(data) as fd:
             done = await self._ask({**message, "size_bytes": len(data)}, (fd,))
-        finally:
-            os.close(fd)
         return done["points"]
 
     async def _load(
@@ -727,6 +749,18 @@ class Executor(asyncio.Protocol):
     def _stop_log(self) -> None:
         self._loop.remove_reader(self._log_fd)
         os.close(self._log_fd)
+
+
+@contextlib.contextmanager
+def _in_memory(data: bytes) -> Iterator[int]:
+    """Give a descriptor of a file in memory that holds `data`."""
+    fd = os.memfd_create("nos-sample", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _no_line(_key: str, _line: str) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
-from nos.errors import ExecutorLostError, OutOfDeviceMemoryError
+from nos.errors import ExecutorLostError, LoadError, OutOfDeviceMemoryError
 
 from nos_backend.definition import LOAD_TIMEOUT_S
 from nos_backend.worker.integrity import check_folder
@@ -18,6 +18,8 @@ from nos_backend.worker.integrity import check_folder
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nos_backend.definition import ModelDefinition
+    from nos_backend.worker.arguments import Call
     from nos_backend.worker.entries import Entry
     from nos_backend.worker.executors import Executor
     from nos_backend.worker.host_store import HostStore
@@ -94,6 +96,34 @@ class Loader:
         if made.loose:
             notes.append(f"outside its run of weights: {', '.join(made.loose)}")
         entry.note = "; ".join(notes)
+
+    async def attempt(
+        self, definition: ModelDefinition, device: str, call: Call | None, data: bytes
+    ) -> None:
+        """Make a model in an executor of its own, and one call of it; nothing of it stays.
+
+        Raises:
+            LoadError: If its code fails or ends the executor.
+            OutOfDeviceMemoryError: If the device has no room.
+        """
+        gate = self._gates.setdefault(definition.owner, asyncio.Semaphore(_MAX_CONSTRUCTIONS))
+        async with gate:
+            scratch = await self._launcher.start(
+                f"{definition.owner}/{definition.key} tried",
+                device,
+                tuple(definition.environment),
+            )
+            self._scratches.add(scratch)
+            try:
+                await scratch.construct(definition, LOAD_TIMEOUT_S)
+                if call is not None:
+                    await scratch.attempt(definition, call, data, LOAD_TIMEOUT_S)
+            except ExecutorLostError as error:
+                message = f"{definition.key} ended its executor when it was tried"
+                raise LoadError(message, got=await scratch.closed) from error
+            finally:
+                self._scratches.discard(scratch)
+                scratch.kill("it was tried")
 
     def take_scratch(self, entry: Entry) -> Executor | None:
         """Hand over the executor that a model was constructed in, if it lives."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
     from nos_backend.definition import ModelDefinition
+    from nos_backend.worker.arguments import Call
     from nos_backend.worker.entries import Slot
     from nos_backend.worker.environments import Environments
     from nos_backend.worker.executors import Executor

@@ -64,14 +64,7 @@ class Slots:
         Raises:
             LoadError: If the model wants another device.
         """
-        if definition.device == "cuda" and self._device == "cpu":
-            raise LoadError(
-                f"{definition.key} wants a GPU and this worker has none",
-                "device",
-                "a cuda device",
-                self._device,
-            )
-        device = "cpu" if definition.device == "cpu" else self._device
+        device = self.device_of(definition)
         name = definition.owner
         if is_isolated or definition.isolation == "process":
             name = f"{name}/{definition.key}"
@@ -80,6 +73,21 @@ class Slots:
         if device != self._device:
             name = f"{name}@{device}"
         return self._slots.setdefault(name, Slot(name, device, tuple(definition.environment)))
+
+    def device_of(self, definition: ModelDefinition) -> str:
+        """Return where a model runs.
+
+        Raises:
+            LoadError: If it wants another device.
+        """
+        if definition.device == "cuda" and self._device == "cpu":
+            raise LoadError(
+                f"{definition.key} wants a GPU and this worker has none",
+                "device",
+                "a cuda device",
+                self._device,
+            )
+        return "cpu" if definition.device == "cpu" else self._device
 
     def drop_if_idle(self, slot: Slot) -> None:
         """Forget a slot that no model has, unless something is going on there."""

@@ -737,6 +737,11 @@ class RegisterModelRequest(_message.Message):
     IS_PINNED_FIELD_NUMBER: _builtins.int
     IDLE_UNLOAD_S_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    EXAMPLE_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    EXAMPLE_METHOD_FIELD_NUMBER: _builtins.int
+    EXAMPLE_DATA_FIELD_NUMBER: _builtins.int
+    HAS_EXAMPLE_FIELD_NUMBER: _builtins.int
+    IS_UNTRIED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: letters, digits, `.`, `_`, `-`, with `/` between parts; at most 200 characters."""
     source: _builtins.str
@@ -755,6 +760,14 @@ class RegisterModelRequest(_message.Message):
     """As in `ModelSpec`; absent leaves it to the source."""
     idle_unload_s: _builtins.float
     """As in `ModelSpec`, in seconds; absent leaves it to the source."""
+    example_method: _builtins.str
+    """Which method it is of; empty means `__call__`, or the only one."""
+    example_data: _builtins.bytes
+    """Bytes of the tensors and media in `example_arguments`."""
+    has_example: _builtins.bool
+    """Whether there is such a call; without one, the model is made and that is all."""
+    is_untried: _builtins.bool
+    """Accept it without having made it. One that needs an environment is not made before it is loaded."""
     @_builtins.property
     def init_arguments(self) -> _containers.RepeatedCompositeFieldContainer[_values_pb2.Argument]:
         """What `__init__` is called with."""
@@ -768,6 +781,10 @@ class RegisterModelRequest(_message.Message):
     @_builtins.property
     def environment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Packages that it needs besides the server's, as PEP 508 writes them; empty leaves it to the source."""
+
+    @_builtins.property
+    def example_arguments(self) -> _containers.RepeatedCompositeFieldContainer[_values_pb2.Argument]:
+        """Arguments of one call that is made, in an executor of its own, before the model is accepted."""
 
     def __init__(
         self,
@@ -784,10 +801,15 @@ class RegisterModelRequest(_message.Message):
         is_pinned: _builtins.bool | None = ...,
         idle_unload_s: _builtins.float | None = ...,
         environment: _abc.Iterable[_builtins.str] | None = ...,
+        example_arguments: _abc.Iterable[_values_pb2.Argument] | None = ...,
+        example_method: _builtins.str = ...,
+        example_data: _builtins.bytes = ...,
+        has_example: _builtins.bool = ...,
+        is_untried: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "class_name", b"class_name", "data", b"data", "device", b"device", "environment", b"environment", "files", b"files", "idle_unload_s", b"idle_unload_s", "init_arguments", b"init_arguments", "is_pinned", b"is_pinned", "isolation", b"isolation", "name", b"name", "source", b"source", "source_name", b"source_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "class_name", b"class_name", "data", b"data", "device", b"device", "environment", b"environment", "example_arguments", b"example_arguments", "example_data", b"example_data", "example_method", b"example_method", "files", b"files", "has_example", b"has_example", "idle_unload_s", b"idle_unload_s", "init_arguments", b"init_arguments", "is_pinned", b"is_pinned", "is_untried", b"is_untried", "isolation", b"isolation", "name", b"name", "source", b"source", "source_name", b"source_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__idle_unload_s: _TypeAlias = _typing.Literal["idle_unload_s"]  # noqa: Y015
     _WhichOneofArgType__idle_unload_s: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s"]  # noqa: Y015
