@@ -22,6 +22,7 @@ from nos_backend.cluster.link import ClusterLink
 from nos_backend.control.blobs import BlobStore
 from nos_backend.control.catalogue import Catalogue
 from nos_backend.control.registry import Registry
+from nos_backend.control.sweeping import sweep
 from nos_backend.control.tickets import TicketSigner
 from nos_backend.control.tokens import Tokens
 from nos_backend.rpc.server import GatewayServer
@@ -60,6 +61,9 @@ async def _serve(arguments: argparse.Namespace) -> int:
     registry = Registry(arguments.state_dir, blobs)
     catalogue = Catalogue()
     catalogue.restore(registry.read_models())
+    num_removed = sweep(registry, blobs.folder, arguments.state_dir / "folders")
+    if num_removed:
+        _logger.info("removed %d blobs and folders that no model needs", num_removed)
     catalogue.add_built_ins(hub.definitions())
     for folder in arguments.models:
         catalogue.add_folder(folder)
@@ -87,7 +91,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         tls = None
         if arguments.tls_cert is not None:
             tls = (arguments.tls_key.read_bytes(), arguments.tls_cert.read_bytes())
-        address = await server.start(arguments.host, arguments.port, tls)
+        address = await server.start(arguments.host, arguments.port, tls, arguments.metrics_port)
         if not await _unless(stop, connect()):
             return 0
         await server.open()
@@ -170,6 +174,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models", type=Path, action="append", default=[], help="a folder to serve"
     )
+    parser.add_argument("--metrics-port", type=int, default=0, help="0 for no metrics")
     parser.add_argument("--idle-shutdown-s", type=float, default=0.0, help="0 for never")
     parser.add_argument(
         "--log-level",

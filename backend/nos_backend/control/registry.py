@@ -35,8 +35,8 @@ _logger = logging.getLogger(__name__)
 
 FILE_NAME: Final = "registry.db"
 
-#: Fields of a definition that have columns or a blob of their own; the others are in the row's JSON.
-_COLUMNS: Final = frozenset({"name", "version", "owner", "source", "spec"})
+#: Fields of a definition that have columns, a table or a blob of their own; the others are in the row's JSON.
+_COLUMNS: Final = frozenset({"name", "version", "owner", "source", "spec", "profiles"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +148,14 @@ class Registry:
             except DecodeError:
                 _logger.warning("a profile in the registry is damaged")
         return found
+
+    def references(self) -> tuple[set[str], set[str]]:
+        """Return what versions need: blobs by their sha256, and folders by their paths."""
+        blobs, folders = set(), set()
+        for sha256, fields in self._database.read("SELECT source_sha256, definition FROM versions"):
+            blobs.add(sha256)
+            folders.add(json.loads(fields).get("folder", ""))
+        return blobs, folders
 
     def read_tokens(self) -> list[StoredToken]:
         """Return the tokens that were not revoked, in order of creation; some may have expired."""
