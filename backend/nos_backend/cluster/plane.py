@@ -44,6 +44,8 @@ TOPIC: Final = "nos"
 _WORKER_WAIT_S: Final = 20.0
 #: How often measurements are looked at; workers send theirs twice a second.
 _TICK_S: Final = 0.5
+#: A worker that sent nothing for so long is frozen: it beats twice a second, slower in clusters of hundreds.
+_FROZEN_S: Final = 8.0
 
 
 class ServePlane(SchedulerPlugin):
@@ -61,6 +63,8 @@ class ServePlane(SchedulerPlugin):
         self._definitions: dict[str, dict[str, Any]] = {}
         #: Names by address of the workers that may be given models: connected, and told the public key.
         self._ready: dict[str, str] = {}
+        #: Of the connected workers, those that are taken for frozen.
+        self._frozen: set[str] = set()
         #: Set and replaced whenever something was decided or heard.
         self._changed = asyncio.Event()
         #: Verifies tickets; empty until the gateway sent it.
@@ -269,6 +273,7 @@ class ServePlane(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Place the models of a lost worker elsewhere, or have them wait for a new one."""
         try:
+            self._frozen.discard(worker)
             self._lose(worker)
         except Exception:
             _logger.exception("could not re-place the models of %s", worker)
@@ -309,23 +314,39 @@ class ServePlane(SchedulerPlugin):
         reply = await self._command(address, "nos_keys", public_key=self._public_key)
         return "error" not in reply
 
-    def _lose(self, address: str) -> None:
+    def _lose(self, address: str, reason: str = "") -> None:
         name = self._ready.pop(address, None)
         if name is None:
             return
-        self._tell("worker-lost", name=name)
+        self._tell("worker-lost", name=name, message=reason)
         for key in self._reconciler.lost(address, time.monotonic()):
             self._tell_failure(key)
         self._reconcile()
 
     async def _watch(self) -> None:
         while True:
+            start_s = time.monotonic()
             await asyncio.sleep(_TICK_S)
+            if (
+                time.monotonic() - start_s < _FROZEN_S / 4
+            ):  # else it was this process that stood still
+                self._find_frozen()
             for address in self._ready:
                 if address in self._scheduler.workers:
                     self._reconciler.observed(self._load_of(address))
             self._scale_by_load()
             self._reconcile()
+
+    def _find_frozen(self) -> None:
+        """Give up workers that send nothing any more, and take them back when they do."""
+        for address in self._serving():
+            silent_s = time.time() - self._scheduler.workers[address].last_seen
+            if silent_s > _FROZEN_S and address in self._ready:
+                self._frozen.add(address)
+                self._lose(address, f"it sent nothing for {silent_s:.0f} s")
+            elif silent_s < _FROZEN_S / 2 and address in self._frozen:
+                self._frozen.discard(address)
+                self._spawn(self._welcome(address))
 
     def _scale_by_load(self) -> None:
         now_s = time.monotonic()
