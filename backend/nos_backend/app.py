@@ -91,7 +91,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         tls = None
         if arguments.tls_cert is not None:
             tls = (arguments.tls_key.read_bytes(), arguments.tls_cert.read_bytes())
-        address = await server.start(arguments.host, arguments.port, tls)
+        address = await server.start(arguments.host, arguments.port, tls, arguments.metrics_port)
         if not await _unless(stop, connect()):
             return 0
         await server.open()
@@ -174,6 +174,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models", type=Path, action="append", default=[], help="a folder to serve"
     )
+    parser.add_argument("--metrics-port", type=int, default=0, help="0 for no metrics")
     parser.add_argument("--idle-shutdown-s", type=float, default=0.0, help="0 for never")
     parser.add_argument(
         "--log-level",

@@ -85,6 +85,8 @@ class Settings(BaseSettings):
     """End after so many seconds without a client; 0 never does."""
     dashboard_port: _Port = 0
     """Port of the Dask dashboard, on loopback; 0 takes 8787 if it is free, else any."""
+    metrics_port: _Port = 0
+    """Port of the Prometheus metrics, on loopback, for every user of this machine; 0 serves none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much the logs hold."""
 

@@ -188,6 +188,8 @@ def _gateway_command(
         arguments += ["--tls-dir", str(tls.folder)]
     if public is not None:
         arguments += ["--tls-cert", str(public.cert), "--tls-key", str(public.key)]
+    if settings.metrics_port:
+        arguments += ["--metrics-port", str(settings.metrics_port)]
     for folder in settings.models:
         arguments += ["--models", str(folder)]
     return Command(arguments=arguments, environ=gateway_environ(is_encrypted=tls is not None))

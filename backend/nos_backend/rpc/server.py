@@ -33,6 +33,7 @@ from nos_backend.rpc.channels import Channels
 from nos_backend.rpc.cluster import ClusterService
 from nos_backend.rpc.guard import Activity, Guard
 from nos_backend.rpc.identity import AccessService
+from nos_backend.rpc.metrics import Metrics
 from nos_backend.rpc.models import ModelService
 from nos_backend.rpc.relay import Relay
 
@@ -87,6 +88,7 @@ class GatewayServer:
         self._events = Events()
         states = StateCache(cluster)
         self._states = states
+        self._metrics: Metrics | None = None
         self._profiles = Profiles(registry, cluster)
         self._resolver = Resolver(catalogue, cluster, signer, ticket_ttl_s, self._profiles.of)
         self._channels = Channels()
@@ -134,20 +136,29 @@ class GatewayServer:
         ]
         cluster.on_reconnected = self._on_reconnected
 
-    async def start(self, host: str, port: int, tls: tuple[bytes, bytes] | None = None) -> str:
+    async def start(
+        self,
+        host: str,
+        port: int,
+        tls: tuple[bytes, bytes] | None = None,
+        metrics_port: int = 0,
+    ) -> str:
         """Listen; calls are answered, while health says that it is not serving yet.
 
         Args:
             host: Address of this machine.
             port: 0 for any free one.
             tls: Private key and certificate chain, PEM; None for a port without TLS.
+            metrics_port: Of Prometheus metrics, on loopback; 0 for none.
 
         Returns:
             The address, `host:port`.
 
         Raises:
-            ConfigError: If the port is in use, or the host is none of this machine.
+            ConfigError: If a port is in use, or the host is none of this machine.
         """
+        if metrics_port:
+            self._metrics = Metrics(self._states, metrics_port)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         bracketed = f"[{host}]" if ":" in host else host
         try:
@@ -198,6 +209,8 @@ class GatewayServer:
 
     async def close(self) -> None:
         """End all calls and free the port."""
+        if self._metrics is not None:
+            await self._metrics.close()
         for end in self._ends:
             end()
         self._cluster.on_reconnected = None

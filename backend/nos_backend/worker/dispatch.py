@@ -617,8 +617,10 @@ class Dispatcher:
 
     def _finish(self, batch: Batch) -> None:
         self._memory.finished(batch.model)
-        run = self._runs.pop(batch.executor)
-        self._of(batch.model).ran(batch, self._loop.time() - run.started_s)
+        run = self._runs.get(batch.executor)
+        if run is not None and run.batch is batch:  # else its executor died
+            del self._runs[batch.executor]
+            self._of(batch.model).ran(batch, self._loop.time() - run.started_s)
         self._apply(self._queue.finish(batch.id, batch.executor, now_s=self._loop.time()))
 
     def _end(self, request_id: int, reply: Reply) -> None:

@@ -118,3 +118,11 @@ class Device:
 @nos.model(name="fake/device-single", isolation="process", batch=False)
 class DeviceSingle(Device):
     """The same, one call at a time."""
+
+
+@nos.model(name="fake/slow-device", isolation="process", batch=16)
+class SlowDevice(Device):
+    """Slow enough to be overloaded by one client: n rows take 160 ms + n x 20 ms, at most 16 at once."""
+
+    t0_s = 160e-3
+    row_s = 20e-3
