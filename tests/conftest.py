@@ -5,12 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.accept", "tests.servers"]
 
 #: Their tests drive processes of several programs on whatever machine there is.
 _OF_PROCESSES = ("integration", "faults", "browser")
 _HERE = Path(__file__).parent
+
+# Generated examples are the same in every run of `make test`: what is red for one is red for all.
+settings.register_profile(
+    "nos",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("nos")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
