@@ -78,7 +78,8 @@ soak: $(ENVIRONMENT) $(WEIGHTS) ## Keep a server under load, kills and out-of-me
 	@NOS_WEIGHTS_DIR=$(abspath $(WEIGHTS)) $(PY) benchmarks/soak.py --seconds $(SOAK_S)
 
 gpu-check: ## Run the checks for a CUDA device with the python3 at hand; installs nothing
-	@PYTHONPATH=sdk:backend $(PYTHON) -m pytest tests/gpu --confcutdir=tests/gpu -p no:cacheprovider -rs
+	@PYTHONPATH=.:sdk:backend $(PYTHON) -m pytest -c tests/gpu/pytest.ini --rootdir=. --confcutdir=tests/gpu \
+	  -p no:cacheprovider -rs tests/gpu tests/unit/executor/test_residence.py
 
 clean: ## Remove what was built; keep the environments
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
