@@ -11,7 +11,7 @@
                                             + weights, skeleton: serves what was constructed anywhere
         evict     id, key                               takes the weights off the device
         reload    id, key                               brings them back
-        predict   id, key, method, args, joined, sizes, limit_s, size_bytes
+        predict   id, key, method, args, joined, sizes, size_bytes
         measure   id, key, method, args, joined, rows, limit_s, size_bytes
                                             + the sample's bytes: what a method needs at these sizes
         fds                                 + the descriptors of the next message, whose `num_fds` counts them

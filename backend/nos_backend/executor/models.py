@@ -269,7 +269,7 @@ class Models:
         sample = profiling.read_sample(
             made.model if made else self.get(message["key"]), message, fds
         )
-        return {"points": sample.predict(message["sizes"], message["limit_s"])}
+        return {"points": sample.predict(message["sizes"])}
 
     def _measure(self, message: Reply, fds: list[int]) -> Reply:
         """Run a method of a model that is served here."""

@@ -41,12 +41,10 @@ _logger = logging.getLogger(__name__)
 
 ENGINE: Final = "eager"
 
-#: After the time is up, what runs may end.
-_GRACE_S: Final = 1.0
+#: One size, or a prediction, which imports much of torch first.
+_PASS_S: Final = 60.0
 #: Passes of one size are repeated for so long.
 _SIZE_S: Final = 0.06
-#: Of a prediction, which is rare and gives way to everybody.
-_PREDICT_S: Final = 60.0
 #: What measuring one size costs, in passes of twice the rows of the size before.
 _COST: Final = 3.0
 #: A first call comes right behind its load: it is let pass.
@@ -67,7 +65,7 @@ class ProfileOptions:
     product: str
     """What the device is, for people; figures of another one are not used."""
     budget_s: float = 2.0
-    """How long measuring one model may take, waiting not included."""
+    """How long measuring one model may keep a core or the device busy."""
 
 
 @dataclass(slots=True, eq=False)
@@ -384,6 +382,7 @@ class _Sweep:
                 if predicted_bytes > self._room_bytes():
                     raise OutOfDeviceMemoryError("the budget has no room")
                 (raw,) = await self._ask(sample, op="measure", rows=rows, limit_s=_SIZE_S)
+                self._left_s -= _seconds(raw.get("spent_s"))
                 point = _point(raw, rows)
                 point.predicted_bytes = predicted_bytes
                 found.points.append(point)
@@ -397,10 +396,8 @@ class _Sweep:
         self, sample: Sample, sizes: list[int], found: models_pb2.MethodProfile
     ) -> None:
         """Say what sizes need for which there was no room, without running them."""
-        # The first prediction of a process imports much of torch.
-        self._left_s = _PREDICT_S
         try:
-            for raw in await self._ask(sample, op="predict", sizes=sizes, limit_s=_PREDICT_S):
+            for raw in await self._ask(sample, op="predict", sizes=sizes):
                 found.points.add(
                     rows=_whole(raw.get("rows")),
                     predicted_bytes=_whole(raw.get("peak_bytes")),
@@ -422,15 +419,12 @@ class _Sweep:
             "args": sample.arguments,
             "joined": sample.joined,
         }
-        started_s = time.monotonic()
         try:
-            async with asyncio.timeout(max(self._left_s, 0.0) + _GRACE_S):
+            async with asyncio.timeout(_PASS_S):
                 points = await self._executor.profile(message, sample.data)
         except TimeoutError:
             self._executor.kill("its profile takes too long")
-            raise InternalError("it took too long") from None
-        finally:
-            self._left_s -= time.monotonic() - started_s
+            raise InternalError(f"it took over {_PASS_S:g} s") from None
         if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
             raise InternalError(_NONSENSE)
         return points
@@ -489,12 +483,9 @@ def _activation_bytes(profile: models_pb2.Profile) -> int:
 
 
 def _point(raw: dict[str, Any], rows: int) -> models_pb2.ProfilePoint:
-    took_s = raw.get("took_s")
-    if type(took_s) is not float or not 0 < took_s < math.inf:
-        raise InternalError(_NONSENSE, got=repr(took_s)[:100])
     return models_pb2.ProfilePoint(
         rows=rows,
-        took_s=took_s,
+        took_s=_seconds(raw.get("took_s")),
         measured_bytes=_whole(raw.get("peak_bytes")),
         flops=_whole(raw.get("flops")),
     )
@@ -514,6 +505,12 @@ def _modules(raw: dict[str, Any]) -> list[models_pb2.ModuleUse]:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise InternalError(_NONSENSE, got=repr(error)[:100]) from None
+
+
+def _seconds(value: Any) -> float:
+    if type(value) is not float or not 0 < value < math.inf:
+        raise InternalError(_NONSENSE, got=repr(value)[:100])
+    return value
 
 
 def _whole(value: Any) -> int:
