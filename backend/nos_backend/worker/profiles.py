@@ -114,8 +114,8 @@ class Profiles:
         self._device = device
         self._options = options
         self._versions = {
-            "nos": metadata.version("nos-inference"),
-            "torch": metadata.version("torch"),
+            "nos": _version_of("nos-inference"),
+            "torch": _version_of("torch"),
             "python": platform.python_version(),
             "threads": str(num_threads),
         }
@@ -437,6 +437,14 @@ def advice(profile: models_pb2.Profile) -> tuple[int, list[tuple[int, float]]]:
         return 0, []
     largest = max(batching, key=lambda method: method.chosen_rows)
     return largest.chosen_rows, [(it.rows, it.took_s) for it in largest.points if it.took_s]
+
+
+def _version_of(distribution: str) -> str:
+    """Return an installed version; empty where the code is used from its folder."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _ladder(sample: Sample, method: models_pb2.Method) -> list[int]:
