@@ -125,7 +125,8 @@ class GrpcPipe:
         """See `Pipe`."""
         while isinstance(raw := await self._context.read(), bytes):
             receive(*frames.cut(raw))
-            await flowing.wait()
+            if not flowing.is_set():
+                await flowing.wait()
 
     async def leave(self) -> None:
         """See `Pipe`: gRPC cancels the call."""
