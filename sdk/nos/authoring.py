@@ -33,6 +33,10 @@ class Options:
     """The longest that one call may run, in seconds; then its process is ended. 0 means no limit."""
     batch: bool | int | None = None
     """Whether concurrent calls run as one, or how many rows at most; None: where the annotations say so."""
+    exact: bool = False
+    """Whether a row's result must not depend, to the last bit, on what runs beside it."""
+    check_batch: bool = False
+    """Whether the first batch is repeated call by call and compared."""
     queue_delay_s: float | None = None
     """How long a call waits for others to run with, in seconds; None: as short as pays."""
     env: Sequence[str] = ()
@@ -53,6 +57,8 @@ def model(
     call_timeout_s: float = 30.0,
     batch: bool | int | None = None,
     queue_delay_s: float | None = None,
+    exact: bool = False,
+    check_batch: bool = False,
     env: Sequence[str] = (),
     pin: bool = False,
     idle_unload_s: float | None = None,
@@ -74,6 +80,11 @@ def model(
             a number is the most rows at once; False turns it off.
         queue_delay_s: The longest that a call waits for others to run with; without it a call waits for
             none but those that are known to come at once.
+        exact: Every run has exactly as many rows as `batch` says (16 if it says none), missing ones being
+            repeated, so that a row's result is the same to the last bit whatever runs beside it. Costs the
+            time of full batches; a call with more rows is refused.
+        check_batch: The first batch is repeated call by call and compared. Where rows depend on each other,
+            each call runs alone from then on.
         env: Packages that it needs and the server has not, as in `["opencv-python-headless==4.*"]`. It runs
             in an environment of its own that has them, and the server's torch, numpy and safetensors.
         pin: Keep it on its device whatever else wants the room.
@@ -87,6 +98,8 @@ def model(
         call_timeout_s=call_timeout_s,
         batch=batch,
         queue_delay_s=queue_delay_s,
+        exact=exact,
+        check_batch=check_batch,
         env=env,
         pin=pin,
         idle_unload_s=idle_unload_s,

@@ -15,7 +15,7 @@ import pytest
 from nos import errors
 
 from tests.accept import Accept
-from tests.servers import Server
+from tests.servers import Server, wait_for
 
 T0_S, ROW_S = 5e-3, 0.2e-3
 
@@ -226,6 +226,55 @@ def test_cancelled_members_leave_a_batch_and_the_rest_is_answered(batch: Any) ->
     for number, future in enumerate(futures, start=1):
         if not future.cancelled():
             np.testing.assert_array_equal(future.result(), rows(number))
+
+
+def test_every_run_of_an_exact_model_has_the_same_number_of_rows(client: nos.Client) -> None:
+    model = client.model("fake/batch-exact")
+    model.seen()
+    np.testing.assert_array_equal(model(rows(3, 2)), rows(3, 2))
+    futures = [model.submit(rows(number, 1 + number % 3)) for number in range(12)]
+    for number, answer in enumerate(answers(futures)):
+        np.testing.assert_array_equal(answer, rows(number, 1 + number % 3))
+    assert model.upper(["a", "b"]) == ["A", "B"]
+    assert set(model.seen()) == {8}
+
+
+def test_an_exact_model_says_what_is_too_much_and_what_is_missing(client: nos.Client) -> None:
+    model = client.model("fake/batch-exact")
+    with pytest.raises(errors.LimitExceededError, match="at most 8 rows"):
+        model(rows(1, 9))
+    with pytest.raises(errors.ModelError, match="another number of rows"):
+        model.short(rows(1))
+    futures = [model.poisoned.submit(rows(-1 if number == 2 else number)) for number in range(4)]
+    found = answers(futures)
+    assert isinstance(found.pop(2), errors.ModelError)
+    for answer, number in zip(found, [0, 1, 3], strict=True):
+        np.testing.assert_array_equal(answer, rows(number))
+
+
+def test_a_model_that_mixes_rows_is_found_out_when_asked(client: nos.Client) -> None:
+    client.unload("fake/batch-mixed")
+    model = client.model("fake/batch-mixed")
+    model.seen()
+    for _ in range(3):
+        for answer in answers([model.submit(rows(number)) for number in range(8)]):
+            np.testing.assert_array_equal(answer, rows(0))
+    sizes = model.seen()
+    assert sum(size > 1 for size in sizes) == 1, "only the batch that was checked"
+    wait_for(
+        lambda: "at most 1 row" in client.info("fake/batch-mixed").replicas[0].note, "its note"
+    )
+    client.unload("fake/batch-mixed")
+
+
+def test_a_model_that_passes_its_check_goes_on_in_batches(client: nos.Client) -> None:
+    model = client.model("fake/batch-checked")
+    model.seen()
+    for _ in range(4):
+        for number, answer in enumerate(answers([model.submit(rows(it)) for it in range(8)])):
+            np.testing.assert_array_equal(answer, rows(number))
+    assert sum(size > 1 for size in model.seen()) > 1
+    client.unload("fake/batch-checked")
 
 
 class Crowd:

@@ -16,6 +16,10 @@ BATCH: Final = "batch"
 ANY_BATCH: Final = "*batch"
 MAX_ROWS: Final = 1 << 16
 MAX_QUEUE_DELAY_S: Final = 60.0
+#: Options of the decorator that are about batching.
+OPTIONS: Final = ("batch", "queue_delay_s", "exact", "check_batch")
+#: Rows of every run of an exact model that does not say how many.
+EXACT_ROWS: Final = 16
 
 _TENSOR = models_pb2.TYPE_KIND_TENSOR
 _LIST = models_pb2.TYPE_KIND_LIST
@@ -33,12 +37,20 @@ class Wish:
     """None: wherever the annotations name a dimension `batch`."""
     max_rows: int = 0
     queue_delay_s: float | None = None
+    is_exact: bool = False
+    is_checked: bool = False
 
     def take(self, option: str, value: values_pb2.Value) -> bool:
-        """Take `batch` or `queue_delay_s`; return False if the value does not do."""
+        """Take one of `OPTIONS`; return False if the value does not do."""
         kind = value.WhichOneof("kind")
         if kind == "null":  # as `nos.model` has it by default
             return True
+        if option in {"exact", "check_batch"}:
+            if option == "exact":
+                self.is_exact = value.flag
+            else:
+                self.is_checked = value.flag
+            return kind == "flag"
         if option == "batch":
             if kind == "flag":
                 self.is_on = value.flag
@@ -66,7 +78,11 @@ def declare(spec: models_pb2.ModelSpec, wish: Wish, where: str) -> None:
         method.batching.max_rows = wish.max_rows
         if wish.queue_delay_s is not None:
             method.batching.queue_delay_s = wish.queue_delay_s
-    is_asked = wish.is_on or wish.queue_delay_s is not None
+        if wish.is_exact:
+            method.batching.exact_rows = wish.max_rows or EXACT_ROWS
+            method.batching.max_rows = method.batching.exact_rows
+        method.batching.is_checked = wish.is_checked
+    is_asked = wish.is_on or wish.queue_delay_s is not None or wish.is_exact or wish.is_checked
     if is_asked and not any(method.HasField("batching") for method in spec.methods):
         raise InvalidRequestError(
             f"{where}: no method can batch",

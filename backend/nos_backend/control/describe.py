@@ -35,8 +35,7 @@ _OPTIONS: Final = (
     "device",
     "isolation",
     "call_timeout_s",
-    "batch",
-    "queue_delay_s",
+    *batchable.OPTIONS,
     "env",
     "pin",
     "idle_unload_s",
@@ -354,7 +353,7 @@ def _set_option(
     elif name == "idle_unload_s" and given in {"integer", "real"}:
         spec.idle_unload_s = value.integer if given == "integer" else value.real
         fits = 0 <= spec.idle_unload_s < float("inf")
-    elif name in {"batch", "queue_delay_s"}:
+    elif name in batchable.OPTIONS:
         fits = wish.take(name, value)
     if not fits:
         wanted = {
@@ -364,6 +363,8 @@ def _set_option(
             "call_timeout_s": "seconds, 0 for no limit",
             "batch": "True, False, or the most rows at once, at least 1",
             "queue_delay_s": "seconds, at least 0 and at most 60",
+            "exact": "True or False",
+            "check_batch": "True or False",
             "pin": "True or False",
             "idle_unload_s": "seconds, 0 for never",
         }[name]

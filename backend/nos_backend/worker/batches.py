@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from nos.errors import LimitExceededError
 from nos.wire.signature import is_any_leading
 from nos.wire.v1 import models_pb2
 
@@ -51,6 +52,10 @@ class Plan:
 
     def __init__(self, method: models_pb2.Method) -> None:
         """Make the plan of a method that declares `batching`."""
+        #: Rows of every run; 0 for as many as there are.
+        self.exact_rows: int = method.batching.exact_rows
+        #: Whether the first batch is repeated call by call and compared.
+        self.is_checked: bool = method.batching.is_checked
         self._names = [parameter.name for parameter in method.parameters]
         #: By joined parameter: how many of its last dimensions make up a row, `_LIST` or `_FIRST`.
         self._joined: dict[str, int] = {}
@@ -95,6 +100,17 @@ class Plan:
     def is_joined(self, position: int, given: str) -> bool:
         """Whether an argument is joined rather than equal in all calls."""
         return (given or self._names[position]) in self._joined
+
+
+def too_many_rows(plan: Plan, part: Part) -> LimitExceededError:
+    """Return why a call has more rows than every run of its model has."""
+    return LimitExceededError(
+        "a call of a model that is exact has too many rows",
+        "batch",
+        f"at most {plan.exact_rows} rows",
+        str(part.num_rows),
+        "Send them in several calls",
+    )
 
 
 def plans(spec: models_pb2.ModelSpec) -> dict[str, Plan]:
@@ -147,24 +163,31 @@ class _Layout:
 def join(plan: Plan, members: Sequence[Member]) -> tuple[list[list[Any]], Blocks]:
     """Return the arguments of the one call that stands for all, and the input that they count into.
 
+    Rows that are missing to what the plan wants exactly are repeated from the first.
+
     Args:
         plan: Of their method.
         members: At least one, of equal keys.
     """
     layout = _Layout()
+    num_missing = max(0, plan.exact_rows - sum(member.part.num_rows for member in members))
     arguments: list[list[Any]] = []
     for position, (given, node) in enumerate(members[0].arguments):
         if not plan.is_joined(position, given):
             arguments.append([given, node])
         elif "l" in node:
-            arguments.append([given, {"l": _join_lists(members, position, layout)}])
+            items = _join_lists(members, position, layout)
+            arguments.append([given, {"l": items + items[:1] * num_missing}])
         else:
-            arguments.append([given, {"t": _join_tensors(members, position, layout)}])
+            tensor = _join_tensors(members, position, layout, num_missing)
+            arguments.append([given, {"t": tensor}])
     blocks = [member.block for member in members if member.block is not None]
     return arguments, Blocks(blocks, layout.pieces, layout.size)
 
 
-def _join_tensors(members: Sequence[Member], position: int, layout: _Layout) -> list[Any]:
+def _join_tensors(
+    members: Sequence[Member], position: int, layout: _Layout, num_missing: int
+) -> list[Any]:
     dtype, shape, _ = members[0].arguments[position][1]["t"]
     row = shape[len(members[0].part.leading) :]
     row_bytes = math.prod(row) * ITEM_BYTES[dtype]
@@ -173,6 +196,9 @@ def _join_tensors(members: Sequence[Member], position: int, layout: _Layout) -> 
         offset = member.arguments[position][1]["t"][2]
         layout.add(member.block, offset, member.part.num_rows * row_bytes)
         num_rows += member.part.num_rows
+    for _ in range(num_missing):
+        layout.add(members[0].block, members[0].arguments[position][1]["t"][2], row_bytes)
+        num_rows += 1
     return [dtype, [num_rows, *row], start]
 
 
@@ -188,8 +214,13 @@ def _join_lists(members: Sequence[Member], position: int, layout: _Layout) -> li
     return joined
 
 
-def split(reply: Reply, parts: Sequence[Part]) -> list[Reply]:
+def split(reply: Reply, parts: Sequence[Part], exact_rows: int = 0) -> list[Reply]:
     """Return the replies of a batch's calls, in order; `reply` is released with the last of them.
+
+    Args:
+        reply: To all of them.
+        parts: What each call was to the batch.
+        exact_rows: Rows that went in, where that is more than the calls had.
 
     Raises:
         WrongRowsError: If the result has not exactly the rows that went in.
@@ -199,7 +230,7 @@ def split(reply: Reply, parts: Sequence[Part]) -> list[Reply]:
         raise reply.error
     if reply.kind != "result":
         raise WrongRowsError("it is a generator")
-    total = sum(part.num_rows for part in parts)
+    total = max(exact_rows, sum(part.num_rows for part in parts))
     cuts, start = [], 0
     for part in parts:
         cut = _Cut(start, part, total)

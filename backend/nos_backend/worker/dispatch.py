@@ -27,6 +27,7 @@ from nos_backend.scheduling.device_queue import (
     Start,
 )
 from nos_backend.worker import batches
+from nos_backend.worker.comparison import is_same
 from nos_backend.worker.culprits import Culprits, digest
 from nos_backend.worker.executors import Executor, Reply
 from nos_backend.worker.inputs import Input
@@ -102,6 +103,10 @@ class _Run:
     blocks: list[Block | None]
     #: The input of all.
     joined: Blocks | None = None
+    #: What each call's result was in the batch, while it is compared with the result alone.
+    compared: dict[int, Reply] = field(default_factory=dict)
+    #: Whether that found a difference; None while nothing was compared.
+    is_mixed: bool | None = None
     #: Names what runs, where that may be what ended an executor.
     digest: str = ""
     #: Whether one failed that ran alone.
@@ -150,6 +155,8 @@ class Dispatcher:
         self._statistics: dict[str, ModelStatistics] = {}
         #: How calls are joined, by (model, method).
         self._plans: dict[tuple[str, str], batches.Plan] = {}
+        #: Those whose first batch is yet to be compared with its calls alone.
+        self._unchecked: set[tuple[str, str]] = set()
         #: What runs on each slot.
         self._runs: dict[str, _Run] = {}
         self._culprits = Culprits()
@@ -230,6 +237,8 @@ class Dispatcher:
         if spec is not None:
             limits = batches.limits(spec)
             for method, plan in batches.plans(spec).items():
+                if plan.is_checked and (model, method) not in self._plans:
+                    self._unchecked.add((model, method))
                 self._plans[model, method] = plan
         actions = self._queue.open_model(
             model, slot, now_s=self._loop.time(), call_timeout_s=call_timeout_s, limits=limits
@@ -291,6 +300,9 @@ class Dispatcher:
         self._requests[request.id] = request
         plan = self._plans.get((request.model, request.method))
         part = request.part = plan.part(request.arguments) if plan else None
+        if plan and part and 0 < plan.exact_rows < part.num_rows:
+            self._turn_away(request, batches.too_many_rows(plan, part))
+            return
         wanted = device_queue.Request(
             id=request.id,
             model=request.model,
@@ -322,12 +334,17 @@ class Dispatcher:
         try:
             self._culprits.check(request.model, request.method, _digest(request))
         except NosError as error:
-            if request.input is not None:
-                request.input.release()
-                request.input = None
-            request.sink(failure(error))
+            self._turn_away(request, error)
             return False
         return True
+
+    @staticmethod
+    def _turn_away(request: Request, error: NosError) -> None:
+        """End a request that was not queued."""
+        if request.input is not None:
+            request.input.release()
+            request.input = None
+        request.sink(failure(error))
 
     # Carrying out.
 
@@ -459,12 +476,23 @@ class Dispatcher:
             joined.release()
             return
         parts = [request.part for request in run.open if request.part is not None]
+        plan = self._plans.get((run.batch.model, run.open[0].method))
+        exact_rows = plan.exact_rows if plan else 0
         try:
-            replies = batches.split(reply, parts)
+            replies = batches.split(reply, parts, exact_rows)
         except (NosError, batches.WrongRowsError) as error:
             _logger.info("a batch of %s failed: %s", run.batch.model, type(error).__name__)
             run.ran_out = isinstance(error, OutOfDeviceMemoryError)
             reply.release()
+            self._retry(run, joined)
+            return
+        method = run.batch.model, run.open[0].method
+        if method in self._unchecked:
+            self._unchecked.discard(method)
+            run.is_mixed = False
+            run.compared = {
+                request.id: part for request, part in zip(run.open, replies, strict=True)
+            }
             self._retry(run, joined)
             return
         joined.release()
@@ -507,14 +535,22 @@ class Dispatcher:
             self._call_one(run, request, block)
 
     def _call_one(self, run: _Run, request: Request, block: Block | None) -> None:
+        plan = self._plans.get((request.model, request.method))
+        arguments: list[list[Any]] = request.arguments
+        data: Block | Blocks | None = block
+        is_exact = plan is not None and plan.exact_rows > 0 and request.part is not None
+        if plan is not None and request.part is not None and is_exact:
+            member = batches.Member(request.arguments, request.part, block)
+            arguments, data = batches.join(plan, [member])
+            data.release()  # the call has it alone
         run.executor.call(
             request.id,
             request.model,
             request.method,
-            request.arguments,
-            block,
+            arguments,
+            data,
             partial(self._on_reply, run, request, block),
-            recurs=request.recurs,
+            recurs=request.recurs and not is_exact,
         )
 
     def _on_reply(self, run: _Run, request: Request, block: Block | None, reply: Reply) -> None:
@@ -529,28 +565,28 @@ class Dispatcher:
             self._lose(run, reply, reply.error)
             return
         batch = run.batch
-        if self._can_rescue(run, reply) and request.id not in run.streaming:
+        plan = self._plans.get((request.model, request.method))
+        exact_rows = plan.exact_rows if plan else 0
+        can_rescue = self._can_rescue(run, reply) and not exact_rows
+        if can_rescue and request.id not in run.streaming:
             again = partial(self._call_one, run, request, block)
             self._rescue(run, reply, again, partial(self._on_reply, run, request, block))
             return
-        if reply.kind == "result" and request.part is not None:
-            try:
-                batches.check(reply, request.part)
-            except batches.WrongRowsError as error:
-                reply.release()
-                text = f"{request.model} gave another number of rows than it got: {error}"
-                reply = failure(ModelError(text, "WrongRowsError", str(error)))
+        reply = self._with_rows(request, reply, exact_rows)
         if isinstance(reply.error, OutOfDeviceMemoryError):
             reply = self._no_room(request, block, reply, reply.error)
         run.has_culprit |= reply.error is not None
+        self._compare(run, request, reply)
         run.open.remove(request)
         self._settle(request, reply)
         if run.open:
             self._queue.progressed(batch.id, batch.executor, now_s=self._loop.time())
             return
-        if run.joined is not None and (run.ran_out or not run.has_culprit):
+        did_not_go = run.ran_out or not run.has_culprit if run.is_mixed is None else run.is_mixed
+        if run.joined is not None and did_not_go:
             # Nothing was wrong with any of them: together they are too many, or do not mix.
-            max_rows = self._queue.shrink(batch.model, batch.rows // 2)
+            most = 1 if run.is_mixed else batch.rows // 2
+            max_rows = self._queue.shrink(batch.model, most)
             self._caps[batch.model] = max_rows
             _logger.warning(
                 "a batch of %d rows of %s did not go together: at most %d from now on",
@@ -559,6 +595,30 @@ class Dispatcher:
                 max_rows,
             )
         self._finish(batch)
+
+    @staticmethod
+    def _with_rows(request: Request, reply: Reply, exact_rows: int) -> Reply:
+        """Return a call's result with the rows of the call, or the error that it has others."""
+        if reply.kind != "result" or request.part is None:
+            return reply
+        try:
+            if exact_rows:
+                return batches.split(reply, [request.part], exact_rows)[0]
+            batches.check(reply, request.part)
+        except batches.WrongRowsError as error:
+            reply.release()
+            text = f"{request.model} gave another number of rows than it got: {error}"
+            return failure(ModelError(text, "WrongRowsError", str(error)))
+        return reply
+
+    @staticmethod
+    def _compare(run: _Run, request: Request, reply: Reply) -> None:
+        """See whether a call's result alone is what it was in its batch, where that is asked."""
+        in_batch = run.compared.pop(request.id, None)
+        if in_batch is not None:
+            if reply.error is None and not is_same(in_batch, reply):
+                run.is_mixed = True
+            in_batch.release()
 
     # Out of memory: room is made and the call repeated; a batch that finds none runs call by call.
 
@@ -620,6 +680,8 @@ class Dispatcher:
         run = self._runs.get(batch.executor)
         if run is not None and run.batch is batch:  # else its executor died
             del self._runs[batch.executor]
+            for unread in run.compared.values():
+                unread.release()
             self._of(batch.model).ran(batch, self._loop.time() - run.started_s)
         self._apply(self._queue.finish(batch.id, batch.executor, now_s=self._loop.time()))
 

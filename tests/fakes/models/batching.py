@@ -126,3 +126,33 @@ class SlowDevice(Device):
 
     t0_s = 160e-3
     row_s = 20e-3
+
+
+@nos.model(name="fake/batch-exact", isolation="process", batch=8, exact=True)
+class BatchExact(Batch):
+    """Always runs eight rows."""
+
+    def upper(self, texts: list[str]) -> list[str]:
+        """Return each text in capitals; needs eight."""
+        self.sizes.append(len(texts))
+        return [text.upper() for text in texts]
+
+    def short(self, x: Rows) -> Rows:
+        """Return a row less than it got."""
+        return x[1:]
+
+
+@nos.model(name="fake/batch-mixed", isolation="process", check_batch=True)
+class BatchMixed(Batch):
+    """Subtracts the mean of the batch: rows depend on what runs beside them."""
+
+    def __call__(self, x: Rows) -> Rows:
+        """Return `x` without its mean; takes 20 ms."""
+        self.sizes.append(len(x))
+        time.sleep(0.02)
+        return x - x.mean(0)
+
+
+@nos.model(name="fake/batch-checked", isolation="process", check_batch=True)
+class BatchChecked(Batch):
+    """As it should be, and asks to be checked."""

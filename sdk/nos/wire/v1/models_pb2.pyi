@@ -254,10 +254,18 @@ class Batching(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
     QUEUE_DELAY_S_FIELD_NUMBER: _builtins.int
+    EXACT_ROWS_FIELD_NUMBER: _builtins.int
+    IS_CHECKED_FIELD_NUMBER: _builtins.int
     max_rows: _builtins.int
     """At most so many rows; 0 leaves it to the server."""
     queue_delay_s: _builtins.float
     """How long the oldest call waits for a full batch, in seconds; absent: as short as pays."""
+    exact_rows: _builtins.int
+    """Every run has exactly so many rows, missing ones being repeated, so that a row's result does not depend on
+    what runs beside it; 0: as many as there are.
+    """
+    is_checked: _builtins.bool
+    """Whether the first batch is repeated call by call and compared."""
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The parameters that are joined: tensors along their first dimension, or lists. All others must be equal
@@ -270,10 +278,12 @@ class Batching(_message.Message):
         parameters: _abc.Iterable[_builtins.str] | None = ...,
         max_rows: _builtins.int = ...,
         queue_delay_s: _builtins.float | None = ...,
+        exact_rows: _builtins.int = ...,
+        is_checked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_queue_delay_s", b"_queue_delay_s", "queue_delay_s", b"queue_delay_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_delay_s", b"_queue_delay_s", "max_rows", b"max_rows", "parameters", b"parameters", "queue_delay_s", b"queue_delay_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_delay_s", b"_queue_delay_s", "exact_rows", b"exact_rows", "is_checked", b"is_checked", "max_rows", b"max_rows", "parameters", b"parameters", "queue_delay_s", b"queue_delay_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__queue_delay_s: _TypeAlias = _typing.Literal["queue_delay_s"]  # noqa: Y015
     _WhichOneofArgType__queue_delay_s: _TypeAlias = _typing.Literal["_queue_delay_s", b"_queue_delay_s"]  # noqa: Y015
@@ -742,6 +752,9 @@ class RegisterModelRequest(_message.Message):
     EXAMPLE_DATA_FIELD_NUMBER: _builtins.int
     HAS_EXAMPLE_FIELD_NUMBER: _builtins.int
     IS_UNTRIED_FIELD_NUMBER: _builtins.int
+    REPOSITORY_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    ALLOWS_REMOTE_CODE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: letters, digits, `.`, `_`, `-`, with `/` between parts; at most 200 characters."""
     source: _builtins.str
@@ -768,6 +781,12 @@ class RegisterModelRequest(_message.Message):
     """Whether there is such a call; without one, the model is made and that is all."""
     is_untried: _builtins.bool
     """Accept it without having made it. One that needs an environment is not made before it is loaded."""
+    repository: _builtins.str
+    """Instead of a source: a repository of the Hugging Face hub, `org/name` or `org/name@revision`."""
+    task: _builtins.str
+    """What it is for: `image-classification`, `feature-extraction` or `text-generation`."""
+    allows_remote_code: _builtins.bool
+    """Whether Python code of the repository may run."""
     @_builtins.property
     def init_arguments(self) -> _containers.RepeatedCompositeFieldContainer[_values_pb2.Argument]:
         """What `__init__` is called with."""
@@ -806,10 +825,13 @@ class RegisterModelRequest(_message.Message):
         example_data: _builtins.bytes = ...,
         has_example: _builtins.bool = ...,
         is_untried: _builtins.bool = ...,
+        repository: _builtins.str = ...,
+        task: _builtins.str = ...,
+        allows_remote_code: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "class_name", b"class_name", "data", b"data", "device", b"device", "environment", b"environment", "example_arguments", b"example_arguments", "example_data", b"example_data", "example_method", b"example_method", "files", b"files", "has_example", b"has_example", "idle_unload_s", b"idle_unload_s", "init_arguments", b"init_arguments", "is_pinned", b"is_pinned", "is_untried", b"is_untried", "isolation", b"isolation", "name", b"name", "source", b"source", "source_name", b"source_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "_is_pinned", b"_is_pinned", "allows_remote_code", b"allows_remote_code", "class_name", b"class_name", "data", b"data", "device", b"device", "environment", b"environment", "example_arguments", b"example_arguments", "example_data", b"example_data", "example_method", b"example_method", "files", b"files", "has_example", b"has_example", "idle_unload_s", b"idle_unload_s", "init_arguments", b"init_arguments", "is_pinned", b"is_pinned", "is_untried", b"is_untried", "isolation", b"isolation", "name", b"name", "repository", b"repository", "source", b"source", "source_name", b"source_name", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__idle_unload_s: _TypeAlias = _typing.Literal["idle_unload_s"]  # noqa: Y015
     _WhichOneofArgType__idle_unload_s: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s"]  # noqa: Y015
