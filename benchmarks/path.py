@@ -97,8 +97,16 @@ def roles(status: Any, state_dir: Path) -> dict[str, list[psutil.Process]]:
 
 
 def cpu_s(processes: list[psutil.Process]) -> float:
-    """Return the CPU seconds that the processes have spent so far."""
-    return sum(times.user + times.system for times in (p.cpu_times() for p in processes))
+    """Return the CPU seconds that the processes have spent so far; one that has ended is struck off."""
+    total_s = 0.0
+    for process in list(processes):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:  # an executor in which a model was only constructed
+            processes.remove(process)
+        else:
+            total_s += times.user + times.system
+    return total_s
 
 
 def measure(calls: int, rounds: int) -> list[Figure]:

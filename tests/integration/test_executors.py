@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -568,7 +569,37 @@ def Look():
     }
 
 
+async def test_calls_that_recur_are_told_apart_however_many_forms_there_are(
+    forkserver: ForkServer | None,
+) -> None:
+    source = "def Sum(x, times):\n    return x.astype('uint16') * times\n"
+    async with running(forkserver) as executor:
+        await executor.load(definition("Sum", source), 60)
+        forms = [[["", {"t": ["uint8", [1 + n % 7], 0]}], ["", n]] for n in range(300)]
+        replies: asyncio.Queue[tuple[int, Reply]] = asyncio.Queue()
+        for round_number in range(3):
+            for number, arguments in enumerate(forms):
+                block = executor.allocate(1 + number % 7)
+                block.view[:] = bytes([round_number]) * (1 + number % 7)
+                call_id = round_number * len(forms) + number + 1
+                sink = partial(lambda number, reply: replies.put_nowait((number, reply)), number)
+                executor.call(
+                    call_id, "test/sum@v1", "__call__", arguments, block, sink, recurs=True
+                )
+            for expected in range(len(forms)):
+                async with asyncio.timeout(60):
+                    number, reply = await replies.get()
+                assert reply.error is None
+                array = value_of(reply.node, reply.block)
+                assert number == expected
+                np.testing.assert_array_equal(
+                    array, np.full(1 + number % 7, round_number * number, np.uint16)
+                )
+                reply.release()
+
+
 LIES = [
+    "\x02" + "\x00" * 40,
     '{"op":"result","id":1,"compute_s":0,"node":{"t":["uint8",[99],0]},"block":[0,9]}',
     '{"op":"result","id":1,"compute_s":0,"node":1,"block":[0,1e999]}',
     '{"op":"result","id":[1],"compute_s":0,"node":1,"block":null}',
