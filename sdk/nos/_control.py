@@ -161,6 +161,9 @@ def register(
     files: Sequence[models_pb2.ModelFile] = (),
     example: Example | None = None,
     check: bool = True,
+    repository: str = "",
+    task: str = "",
+    remote_code: bool = False,
     pin: bool | None = None,
     idle_unload_s: float | None = None,
 ) -> Rpc[types.ModelInfo]:
@@ -178,6 +181,9 @@ def register(
         files: What it needs beside its source; uploaded before.
         example: A call that is made before it is accepted.
         check: Whether it is made before it is accepted.
+        repository: Of the hub, instead of a source.
+        task: What that is for.
+        remote_code: Whether its code may run.
         pin: Whether it stays on its device; None leaves it to the source.
         idle_unload_s: Likewise, after how long without use it leaves.
     """
@@ -192,6 +198,9 @@ def register(
         environment=env,
         files=files,
         is_untried=not check,
+        repository=repository,
+        task=task,
+        allows_remote_code=remote_code,
         is_pinned=pin,
         idle_unload_s=idle_unload_s,
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: The server knows this path in a model's folder.
 _INIT_FILE: Final = ".nos/init"
+#: What a reference to the Hugging Face hub starts with.
+_HUB: Final = "hf:"
 
 
 def register(
@@ -53,6 +55,9 @@ def register(
     """
     from nos import _packing  # most clients never register
 
+    repository = ""
+    if isinstance(source, str) and source.startswith(_HUB):
+        source, repository = "", source.removeprefix(_HUB)
     found = _pack(source, class_name, source_name, namespace, init or {}, example, pickle=pickle)
     nodes, payload = values.write_arguments(list((init or {}).items()))
     files = dict(found.files)
@@ -67,10 +72,11 @@ def register(
         found.class_name,
         init=nodes,
         name=name or found.name,
-        source_name=found.source_name,
+        source_name="" if repository else found.source_name,
         env=packages(env),
         files=_blobs.upload(engine, files),
         example=call,
+        repository=repository,
         **options,
     )
     info = engine.wait(rpc, timeout_s)

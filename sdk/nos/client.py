@@ -218,6 +218,8 @@ class Client:
         example: Any = None,
         pickle: bool = False,
         check: bool = True,
+        task: str = "",
+        remote_code: bool = False,
         device: str = "",
         isolation: str = "",
         env: Sequence[str] | str | Path = (),
@@ -236,7 +238,8 @@ class Client:
             source: A class or function, Python text, or the path of a file or folder: of a folder, its
                 `model.py` or its only Python file is the source, and everything in it goes along. Or a
                 network with its weights: it is exported where `example` is given and torch can, and goes
-                as its class, `init` and its state otherwise.
+                as its class, `init` and its state otherwise. Or `hf:org/name@revision`, a repository of
+                the Hugging Face hub, for a `task`.
             name: The model's name; by default what its `@nos.model` says.
             class_name: Which top-level name of the text is the model; known where a class is given.
             init: What `__init__` is called with: plain values, arrays and tensors, in lists and dicts.
@@ -246,6 +249,9 @@ class Client:
                 and runs the same minor version of Python.
             check: Make the model, in a process of its own, before it is accepted; one that needs `env` is
                 made when it is loaded.
+            task: Of a repository of the hub: `image-classification`, `feature-extraction` or
+                `text-generation`. The server needs transformers for it, or `env=["transformers"]`.
+            remote_code: Let Python code of that repository run.
             device: `auto`, `cpu` or `cuda`.
             isolation: `shared` (with the owner's other models) or `process` (one of its own).
             env: Packages that it needs besides the server's, as in `["einops"]`, or the path of a
@@ -275,6 +281,8 @@ class Client:
             example=example,
             pickle=pickle,
             check=check,
+            task=task,
+            remote_code=remote_code,
             device=device,
             isolation=isolation,
             env=env,

@@ -24,6 +24,7 @@ from nos_backend.control.describe_apart import describe_apart
 from nos_backend.control.names import parse_reference
 from nos_backend.control.requirements import normalize
 from nos_backend.definition import INIT_FILE, ModelDefinition
+from nos_backend.hub import references
 from nos_backend.rpc.guard import actor, caller
 from nos_backend.worker.arguments import check_arguments, to_node
 
@@ -93,6 +94,8 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         """Take a source as a model."""
         _check_option("device", request.device, DEVICES)
         _check_option("isolation", request.isolation, ISOLATIONS)
+        if request.repository or request.task:
+            request = _of_repository(request)
         source_name = request.source_name or f"<{request.name or 'model'}>"
         descriptions = await describe_apart(request.source, request.class_name, source_name)
         if len(descriptions) > 1:
@@ -343,6 +346,36 @@ def _check_owner(entry: Entry) -> None:
         raise PermissionDeniedError(
             f"{entry.name} is another owner's", "model", entry.owner, identity.tenant
         )
+
+
+def _of_repository(request: models_pb2.RegisterModelRequest) -> models_pb2.RegisterModelRequest:
+    """Return a request with the source that serves a repository of the hub.
+
+    Raises:
+        InvalidRequestError: If it names none, or has a source beside it.
+    """
+    _check_option("task", request.task or "none", tuple(references.TASKS))
+    found = references.find(request.repository, request.task)
+    if found is None or request.source or request.init_arguments:
+        raise InvalidRequestError(
+            "this is no repository of the hub",
+            "repository",
+            "org/name or org/name@revision, without a source or init arguments",
+            repr(request.repository[:100]),
+        )
+    filled = models_pb2.RegisterModelRequest()
+    filled.CopyFrom(request)
+    filled.name = request.name or found.name
+    filled.source, filled.class_name = found.source, found.class_name
+    filled.source_name = found.source_name
+    for name, text in (
+        ("repository", found.name),
+        ("revision", found.revision),
+        ("folder", found.folder),
+    ):
+        filled.init_arguments.add(name=name).value.text = text
+    filled.init_arguments.add(name="remote_code").value.flag = request.allows_remote_code
+    return filled
 
 
 def _main_method(spec: models_pb2.ModelSpec) -> str:
