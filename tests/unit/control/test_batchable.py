@@ -55,7 +55,16 @@ def test_limits_are_taken_from_the_decorator() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", ["batch=0", "batch=-1", "batch='yes'", "queue_delay_s=-1", "queue_delay_s='1'"]
+    "options",
+    [
+        "batch=0",
+        "batch=-1",
+        "batch='yes'",
+        "queue_delay_s=-1",
+        "queue_delay_s='1'",
+        "exact=8",
+        "check_batch='yes'",
+    ],
 )
 def test_a_limit_that_makes_no_sense_is_refused(options: str) -> None:
     with pytest.raises(InvalidRequestError, match=options.partition("=")[0]):
@@ -65,3 +74,13 @@ def test_a_limit_that_makes_no_sense_is_refused(options: str) -> None:
 def test_batching_that_no_method_can_do_is_refused_and_told_how() -> None:
     with pytest.raises(InvalidRequestError, match=r"float32\[batch, 8\]"):
         batching(", batch=4", "def __call__(self, x: int) -> int: ...")
+
+
+def test_an_exact_model_has_runs_of_one_size() -> None:
+    method = METHOD.format(x="float32[batch, 3]", y="float32[batch, 3]")
+    found = batching(", batch=8, exact=True", method).batching
+    assert (found.exact_rows, found.max_rows, found.is_checked) == (8, 8, False)
+    assert batching(", exact=True", method).batching.exact_rows == 16
+    assert batching(", check_batch=True", method).batching.is_checked
+    with pytest.raises(InvalidRequestError):
+        batching(", exact=True", "def __call__(self, x: int) -> int: ...")

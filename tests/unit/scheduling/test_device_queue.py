@@ -248,3 +248,37 @@ def test_closing_a_model_ends_what_waits_for_it() -> None:
     assert errors(made.close_model("a", LoadError("gone"), now_s=0)) == {2: LoadError}
     assert made.finish(batch_id(first), "x", now_s=1) == [End(1, None)]
     assert errors(made.arrive(request(3), now_s=1)) == {3: UnavailableError}
+
+
+def test_a_deadline_in_the_past_ends_the_request_and_nothing_runs() -> None:
+    made = queue()
+    actions = made.arrive(request(1, deadline_s=-5), now_s=0)
+    assert errors(actions) == {1: DeadlineExceededError}
+    assert started(actions) == []
+    assert made.num_queued == made.num_running == 0
+
+
+def test_a_clock_that_jumps_ahead_ends_what_is_late_and_serves_the_rest() -> None:
+    made = queue()
+    made.arrive(request(1), now_s=0)
+    made.arrive(request(2, deadline_s=60), now_s=0)
+    made.arrive(request(3), now_s=0)
+    actions = made.tick(now_s=1e6)
+    assert errors(actions) == {1: DeadlineExceededError, 2: DeadlineExceededError}
+    assert [item.executor for item in actions if isinstance(item, KillExecutor)] == ["x"]
+    made.executor_lost("x", "killed", now_s=1e6)
+    assert started(made.open_model("a", "x", now_s=1e6)) == [3]
+
+
+def test_no_batch_is_longer_than_the_quantum_while_another_model_waits() -> None:
+    made = DeviceQueue(max_concurrent_batches=1, quantum_s=0.05)
+    for model, executor in (("a", "x"), ("b", "y")):
+        made.open_model(model, executor, now_s=0)
+    made.advise("a", 64, [(1, 0.011), (1, 0.011), (8, 0.018), (64, 0.074)])
+    made.hold("x", now_s=0)
+    for number in range(64):
+        made.arrive(Request(id=number, model="a", tenant="t", key="k"), now_s=0)
+    made.hold("y", now_s=0)
+    made.arrive(Request(id=100, model="b", tenant="t"), now_s=0)
+    (start,) = [item for item in made.release("x", now_s=0) if isinstance(item, Start)]
+    assert 30 <= start.batch.rows <= 40
