@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from nos.errors import NosError
 from nos.wire import frames, status, values
-from nos.wire.limits import CHUNK_BYTES, MODEL_KEY, TICKET_KEY
+from nos.wire.limits import CHUNK_BYTES, MAX_STREAMS, MODEL_KEY, TICKET_KEY
 from nos.wire.options import CHANNEL_OPTIONS
 from nos.wire.v1 import access_pb2, inference_pb2, inference_pb2_grpc, models_pb2
 from nos_backend.control.describe import describe
@@ -58,14 +58,17 @@ def fake_models(*names: str) -> dict[str, ModelDefinition]:
 class Plane:
     """A running data plane."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, max_streams: int = MAX_STREAMS, **options: Any) -> None:
         self.signer = TicketSigner.generate()
         self.verifier = TicketVerifier(self.signer.public_key_bytes)
         self.events: list[tuple[str, str, str]] = []
         self._options = options
         self.manager: ModelManager
         self.data_plane = DataPlane(
-            self._make_manager, lambda raw: self.verifier.verify(raw, time.time()), "127.0.0.1"
+            self._make_manager,
+            lambda raw: self.verifier.verify(raw, time.time()),
+            "127.0.0.1",
+            max_streams=max_streams,
         )
         self.data_plane.start()
         self.channel = grpc.insecure_channel(self.data_plane.address, options=CHANNEL_OPTIONS)

@@ -1,6 +1,7 @@
 """Streams of clients on the worker's host, and what a stream promises whatever carries it."""
 
 import gc
+import json
 import mmap
 import os
 import signal
@@ -275,6 +276,31 @@ def test_a_chunk_of_no_frame_ends_its_stream_only(plane):
         stream.read()
     other.send(0.0)
     assert other.results() == {1: 0.0}
+
+
+def test_a_stream_too_many_is_refused_at_once_and_the_next_finds_room():
+    with running_plane(fake_models("slow"), max_streams=2) as small:
+        streams = [small.stream("fake/slow@v1") for _ in range(2)]
+        for stream in streams:
+            stream.hello()
+        with pytest.raises(OverloadedError, match="no room for another stream: expected at most 2"):
+            small.stream("fake/slow@v1").hello()
+        assert streams[0].results() == {}
+        wait_for(lambda: small.data_plane.num_streams == 1, "there is room", 30)
+        assert small.stream("fake/slow@v1").hello().version == 1
+
+
+@pytest.mark.accept("D2")
+def test_an_idle_stream_costs_little(server, accept, tmp_path):
+    num_streams = 1000 if accept.strict else 200
+    script, report = ROOT / "benchmarks" / "idle_streams.py", tmp_path / "report.json"
+    place = (server.address, str(server.token_file), "--streams", str(num_streams))
+    command = [sys.executable, str(script), *place, "--json", str(report)]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    figures = json.loads(report.read_text())["figures"]
+    assert figures["num_streams"] == num_streams
+    accept.figure(figures["gateway_bytes"] / 1024, 64, "KiB at the gateway")
+    accept.figure(figures["worker_bytes"] / 1024, 64, "KiB at the worker")
 
 
 @pytest.mark.accept("A8")

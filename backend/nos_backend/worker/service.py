@@ -19,11 +19,12 @@ from nos.errors import (
     LimitExceededError,
     ModelError,
     NosError,
+    OverloadedError,
     UnauthenticatedError,
     UnavailableError,
 )
 from nos.wire import frames
-from nos.wire.limits import ALIGNMENT_BYTES, ERROR_KEY, MESSAGE_BYTES, TICKET_KEY
+from nos.wire.limits import ALIGNMENT_BYTES, ERROR_KEY, MAX_STREAMS, MESSAGE_BYTES, TICKET_KEY
 from nos.wire.options import SERVER_OPTIONS
 from nos.wire.status import code_of, to_message
 from nos.wire.v1 import inference_pb2
@@ -72,6 +73,7 @@ class DataPlane:
         verify: Callable[[bytes], access_pb2.Ticket],
         host: str,
         port: int = 0,
+        max_streams: int = MAX_STREAMS,
     ) -> None:
         """Make one that does not run yet.
 
@@ -81,11 +83,13 @@ class DataPlane:
                 UnauthenticatedError; gets empty bytes where none came. Called on the loop.
             host: Where to listen.
             port: 0 means any free one.
+            max_streams: How many streams it serves at once.
         """
         self._manager_factory = manager_factory
         self._verify = verify
         self._host = host
         self._port = port
+        self._max_streams = max_streams
         self._thread = threading.Thread(target=self._main, name="nos-data-plane", daemon=True)
         self._loop: asyncio.AbstractEventLoop
         self._manager: ModelManager
@@ -254,8 +258,18 @@ class DataPlane:
             raise access.visible(error, owner) from None
 
     async def serve_stream(self, access: Access, pipe: Pipe) -> None:
-        """Serve one stream."""
+        """Serve one stream.
+
+        Raises:
+            OverloadedError: If there are as many as may be.
+        """
         spec, owner = self._open(access)
+        if len(self._streams) >= self._max_streams:
+            raise OverloadedError(
+                "the worker has no room for another stream",
+                "streams",
+                f"at most {self._max_streams}",
+            )
         stream = Stream(self._manager, access, self._verify, spec, owner)
         self._streams.add(stream)
         try:

@@ -23,6 +23,9 @@ SHARED_BYTES = 64 << 20
 #: The most that a worker maps for one direction of a local stream.
 MAX_SHARED_BYTES = 1 << 30
 
+#: Streams of one worker; the next is refused at once. An idle one costs some 80 KiB in all.
+MAX_STREAMS = 4000
+
 #: Dimensions of a tensor.
 MAX_RANK = 8
 

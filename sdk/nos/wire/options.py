@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from nos.wire.limits import MESSAGE_BYTES
+from nos.wire.limits import MAX_STREAMS, MESSAGE_BYTES
 
 _PING_TIMEOUT_MS: Final = 5_000
 _SERVER_PING_INTERVAL_MS: Final = 5_000
@@ -20,7 +20,8 @@ SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES + (64 << 10)),
     ("grpc.max_send_message_length", MESSAGE_BYTES + (64 << 10)),
     ("grpc.max_metadata_size", 16 << 10),
-    ("grpc.max_concurrent_streams", 1000),
+    # Of one connection, and the gateway has one to each worker; a stream above it would wait without a word.
+    ("grpc.max_concurrent_streams", 2 * MAX_STREAMS),
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
