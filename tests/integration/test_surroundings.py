@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nos.errors import OutOfDeviceMemoryError
+from nos.wire.v1 import models_pb2
 from nos_backend.worker.surroundings import Probes, memory_stalls
 
 from tests.integration.test_memory import MB, call, model, on_device, options
@@ -31,8 +32,11 @@ class Machine:
 
 
 def note(plane: Plane, key: str, activation_bytes: int) -> None:
+    """Hand the manager a profile, as if the model had been measured."""
+
     async def tell() -> None:
-        plane.manager.note_activations(key, activation_bytes)
+        manager, profile = plane.manager, models_pb2.Profile(activation_bytes=activation_bytes)
+        manager._on_profile(manager._entries[key], profile)
 
     plane.data_plane.submit_coroutine(tell).result(10)
 
