@@ -20,6 +20,7 @@ def write_json(path: Path, figures: Any) -> None:
         f"{os.cpu_count()} cores",
         f"Python {platform.python_version()}",
         f"torch {version('torch')}",
+        f"load {os.getloadavg()[0]:.1f}",
     ]
     document = {
         "date": datetime.now(UTC).date().isoformat(),
