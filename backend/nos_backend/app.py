@@ -21,6 +21,7 @@ from nos_backend import hub
 from nos_backend.cluster.link import ClusterLink
 from nos_backend.control.blobs import BlobStore
 from nos_backend.control.catalogue import Catalogue
+from nos_backend.control.crew import CREW_NAME
 from nos_backend.control.registry import Registry
 from nos_backend.control.sweeping import sweep
 from nos_backend.control.tickets import TicketSigner
@@ -79,6 +80,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         registry=registry,
         tokens=tokens,
         signer=signer,
+        crew_file=arguments.run_dir / CREW_NAME,
     )
 
     async def connect() -> None:

@@ -58,6 +58,8 @@ class Child:
     log_path: Path
     ready_file: Path | None = None
     """Written by the child when it serves; removed before each start."""
+    #: Whether it is not started again when it ends.
+    is_leaving: bool = False
     #: None before the first start and between starts.
     process: subprocess.Popen[bytes] | None = None
     #: Exit code of the last run; None before its end.
@@ -104,7 +106,9 @@ class Child:
         self.process = None
         steady = time.monotonic() - self.started_s >= _STEADY_S
         self.num_failures = 0 if steady else self.num_failures + 1
-        self.start_at_s = time.monotonic() + (0.0 if steady else pause_s(self.num_failures))
+        if not self.is_leaving:
+            pause = 0.0 if steady else pause_s(self.num_failures)
+            self.start_at_s = time.monotonic() + pause
         return True
 
     def send(self, number: signal.Signals) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _LOOPBACK: Final = "127.0.0.1"
 _DASHBOARD_PORT: Final = 8787
+#: As many as `--workers` takes.
+_MAX_CPU_WORKERS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,9 @@ class Plan:
 
     children: list[Child]
     """In the order of starting; they wait for each other by themselves."""
+    workers: dict[str, Child]
+    """All that there may be, by name, in the order of starting; the first `num_workers` are wanted."""
+    num_workers: int
     tls: TlsFiles | None
     """What their Dask comms show each other; None if a scheduler without TLS is joined."""
     dashboard_url: str
@@ -58,9 +63,9 @@ def plan_children(
     Raises:
         ConfigError: If a port is taken or there is no such device.
     """
-    devices = choose_devices(settings)
+    devices, num_workers = choose_devices(settings)
     port = reserve_port(settings.host, settings.port, "--port")
-    children, dashboard_url = [], ""
+    children, workers, dashboard_url = [], {}, ""
     if settings.scheduler:
         scheduler = settings.scheduler
         tls = TlsFiles(settings.tls_dir) if settings.tls_dir else None
@@ -105,14 +110,21 @@ def plan_children(
             tls=tls,
             scratch=run_dir / "dask",
         )
-        children.append(_child(f"worker-{name}", command, settings, ready_file))
+        workers[name] = _child(f"worker-{name}", command, settings, ready_file)
+    children += list(workers.values())[:num_workers]
     command = _gateway_command(settings, port, scheduler, tls, run_dir, token_file, public)
     children.append(_child("gateway", command, settings, run_dir / "gateway.ready"))
-    return Plan(children=children, tls=tls, dashboard_url=dashboard_url)
+    return Plan(
+        children=children,
+        workers=workers,
+        num_workers=num_workers,
+        tls=tls,
+        dashboard_url=dashboard_url,
+    )
 
 
-def choose_devices(settings: Settings) -> dict[str, str]:
-    """Return the names of the workers with their devices.
+def choose_devices(settings: Settings) -> tuple[dict[str, str], int]:
+    """Return the names of all workers that there may be, with their devices, and how many to start with.
 
     Raises:
         ConfigError: If the machine has no such device, or fewer than workers are wanted.
@@ -129,12 +141,12 @@ def choose_devices(settings: Settings) -> dict[str, str]:
         )
     devices = found if asked in ("auto", "cuda") else [describe_device(asked, os.environ).name]
     if devices == ["cpu"]:
-        return {f"cpu-{index}": "cpu" for index in range(max(1, num_workers))}
+        return {f"cpu-{index}": "cpu" for index in range(_MAX_CPU_WORKERS)}, max(1, num_workers)
     if num_workers > len(devices):
         raise ConfigError(
             "bad --workers", "workers", f"at most {len(devices)}, one per device", str(num_workers)
         )
-    return {device.replace(":", "-"): device for device in devices[: num_workers or None]}
+    return {device.replace(":", "-"): device for device in devices}, num_workers or len(devices)
 
 
 def reserve_port(host: str, port: int, flag: str) -> int:

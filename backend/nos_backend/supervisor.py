@@ -23,6 +23,7 @@ from nos.wire import local
 
 from nos_backend.children import Child, adopt_orphans, kill_orphans, reap_orphans
 from nos_backend.cluster.certificates import TlsFiles
+from nos_backend.control.crew import CREW_NAME, Crew
 from nos_backend.public_tls import from_here, public_tls, reachable
 from nos_backend.roster import plan_children
 
@@ -77,6 +78,10 @@ class Supervisor:
         #: Signals that ask for the end, so far; the second one ends at once.
         self._num_stops = 0
         self._is_stopping = False
+        #: Set by a signal when the crew's file was written anew.
+        self._is_crew_changed = False
+        #: All workers that there may be, by name.
+        self._workers: dict[str, Child] = {}
         self._rotate_at_s = time.monotonic() + _ROTATE_S
 
     def run(self) -> None:
@@ -128,6 +133,11 @@ class Supervisor:
             TlsFiles.create(plan.tls.folder)
         self._write_token()
         self._children, self._dashboard_url = plan.children, plan.dashboard_url
+        self._workers = plan.workers
+        crew = Crew(
+            supervisor_pid=os.getpid(), names=list(plan.workers), num_wanted=plan.num_workers
+        )
+        crew.write(self._run_dir / CREW_NAME)
 
     def _write_token(self) -> None:
         self._token_file.unlink(missing_ok=True)
@@ -139,7 +149,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _watched_signals(self) -> Iterator[None]:
-        """Have SIGTERM, SIGINT and SIGCHLD wake `_poll`."""
+        """Have SIGTERM, SIGINT, SIGCHLD and SIGUSR1 wake `_poll`."""
         reader, writer = socket.socketpair()
         with reader, writer, self._selector:
             reader.setblocking(False)
@@ -148,7 +158,7 @@ class Supervisor:
             before_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
             before = {
                 number: signal.signal(number, self._take_signal)
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1)
             }
             try:
                 yield
@@ -158,7 +168,9 @@ class Supervisor:
                 signal.set_wakeup_fd(before_fd)
 
     def _take_signal(self, number: int, _: object) -> None:
-        if number != signal.SIGCHLD:
+        if number == signal.SIGUSR1:
+            self._is_crew_changed = True
+        elif number != signal.SIGCHLD:
             self._num_stops += 1
 
     def _watch_owner(self, stack: contextlib.ExitStack) -> None:
@@ -183,12 +195,14 @@ class Supervisor:
             else:
                 with contextlib.suppress(BlockingIOError):
                     os.read(key.fd, 4096)
-        for child in self._children:
+        for child in list(self._children):
             if child.reap():
                 self._take_end(child)
         reap_orphans({child.process.pid for child in self._children if child.process})
         now_s = time.monotonic()
         if not self._is_stopping:
+            if self._is_crew_changed:
+                self._change_crew()
             for child in self._children:
                 if child.start_at_s <= now_s:
                     child.start()
@@ -204,9 +218,23 @@ class Supervisor:
             _logger.info("no client for %g s", self._settings.idle_shutdown_s)
             self._num_stops += 1
             return
+        if child.is_leaving:
+            _logger.info("%s has left", child.name)
+            self._children.remove(child)
+            return
         _logger.warning(
             "%s ended with exit code %s: %s", child.name, child.exit_code, child.last_words()
         )
+
+    def _change_crew(self) -> None:
+        """Start the workers that are wanted; those that are not are left to end by themselves."""
+        self._is_crew_changed = False
+        wanted = set(Crew.read(self._run_dir / CREW_NAME).wanted)
+        for name, child in self._workers.items():
+            child.is_leaving = name not in wanted
+            if name in wanted and child not in self._children:
+                self._children.append(child)
+                child.start()
 
     def _next_timer_s(self) -> float:
         """Return the seconds until a child starts again or logs are looked at."""

@@ -228,6 +228,17 @@ def get_status(address: str, source: str, routes: dict[str, str]) -> Rpc[types.S
     )
 
 
+def scale_workers(count: int | None, low: int, high: int) -> Rpc[list[str]]:
+    """Say how many workers there are on the server's machine."""
+    if count is not None:
+        low = high = count
+    return Rpc(
+        _CLUSTER + "ScaleWorkers",
+        cluster_pb2.ScaleWorkersRequest(min_workers=max(0, low), max_workers=max(0, high)),
+        lambda raw: list(cluster_pb2.ScaleWorkersResponse.FromString(raw).workers),
+    )
+
+
 def resolve(model: str) -> Rpc[cluster_pb2.ResolveResponse]:
     """Ask the way to a model; loads it if need be."""
     return Rpc(

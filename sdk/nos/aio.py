@@ -163,6 +163,17 @@ class AsyncClient:
         """See `Client.scale`."""
         return await _answer(self._engine, _control.scale(name, replicas, min, max), timeout_s)
 
+    async def scale_workers(
+        self,
+        count: int | None = None,
+        *,
+        min: int = 1,
+        max: int = 1,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """See `Client.scale_workers`."""
+        return await _answer(self._engine, _control.scale_workers(count, min, max), timeout_s)
+
     async def logs(
         self, name: str, *, max_lines: int = 0, timeout_s: float | None = None
     ) -> list[LogLine]:

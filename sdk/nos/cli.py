@@ -19,6 +19,7 @@ import typer
 
 from nos import local as backend
 from nos._cli_apply import add_to as add_apply_to
+from nos._cli_cluster import make_app as make_cluster_app
 from nos._cli_profile import add_to as add_profile_to
 from nos._cli_stats import add_to as add_stats_to
 from nos._cli_tokens import make_app as make_token_app
@@ -433,6 +434,7 @@ def _print_log(path: Path, lines: Sequence[bytes]) -> None:
 add_apply_to(app, _Place.connect, _print_json)
 add_profile_to(app, _Place.connect, _print_table, _print_json)
 add_stats_to(app, _Place.connect, _print_table, _print_json)
+app.add_typer(make_cluster_app(_Place.connect, _print_json))
 app.add_typer(make_token_app(_Place.connect, _print_table, _print_json))
 
 

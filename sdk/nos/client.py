@@ -193,6 +193,33 @@ class Client:
         """
         return self._engine.wait(_control.scale(name, replicas, min, max), timeout_s)
 
+    def scale_workers(
+        self,
+        count: int | None = None,
+        *,
+        min: int = 1,
+        max: int = 1,
+        timeout_s: float | None = None,
+    ) -> list[str]:
+        """Say how many workers the server has on its machine; for admins.
+
+        A worker leaves once what it serves is served elsewhere.
+
+        Args:
+            count: Exactly so many.
+            min: Without `count`: at least so many.
+            max: Without `count`: at most so many; between the two there are as many as the models need.
+            timeout_s: How long the server may take to answer.
+
+        Returns:
+            The names of the workers that there are to be.
+
+        Raises:
+            InvalidRequestError: If the numbers make no sense there, or a model needs more.
+            UnavailableError: If the server has no say over its workers.
+        """
+        return self._engine.wait(_control.scale_workers(count, min, max), timeout_s)
+
     def logs(
         self, name: str, *, max_lines: int = 0, timeout_s: float | None = None
     ) -> list[LogLine]:

@@ -32,6 +32,7 @@ LEAST_ROLE: Final[dict[str, access_pb2.Role.ValueType | None]] = {
     "/nos.v1.ClusterService/GetStatus": _VIEWER,
     "/nos.v1.ClusterService/WatchEvents": _VIEWER,
     "/nos.v1.ClusterService/Resolve": _USER,
+    "/nos.v1.ClusterService/ScaleWorkers": _ADMIN,
     "/nos.v1.BlobService/Stat": _AUTHOR,
     "/nos.v1.BlobService/Upload": _AUTHOR,
     "/nos.v1.BlobService/Fetch": _AUTHOR,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from nos_backend.control.catalogue import Catalogue
     from nos_backend.control.cluster import Cluster, StateCache
+    from nos_backend.control.crew import Recruiter
     from nos_backend.control.events import Events
     from nos_backend.control.resolver import Resolver
     from nos_backend.rpc.guard import Context
@@ -37,6 +38,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         states: StateCache,
         resolver: Resolver,
         events: Events,
+        recruiter: Recruiter,
         notices: Sequence[str] = (),
     ) -> None:
         self._cluster = cluster
@@ -44,6 +46,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         self._states = states
         self._resolver = resolver
         self._events = events
+        self._recruiter = recruiter
         self._notices = notices
         self._started_s = time.monotonic()
         #: Set by whoever drains the server.
@@ -101,6 +104,13 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             spec=way.version.spec,
             refresh_s=_REFRESH_S,
         )
+
+    async def ScaleWorkers(
+        self, request: cluster_pb2.ScaleWorkersRequest, context: Context
+    ) -> cluster_pb2.ScaleWorkersResponse:
+        """Have so many workers on this machine."""
+        names = await self._recruiter.scale(request.min_workers, request.max_workers)
+        return cluster_pb2.ScaleWorkersResponse(workers=names)
 
     async def _status(self) -> cluster_pb2.GetStatusResponse:
         workers = report.workers(await self._states.read())

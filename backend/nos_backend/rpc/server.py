@@ -21,6 +21,7 @@ from nos.wire.v1 import (
 )
 
 from nos_backend.control.cluster import StateCache
+from nos_backend.control.crew import Recruiter
 from nos_backend.control.events import Event, Events
 from nos_backend.control.folders import FolderStore
 from nos_backend.control.logins import Logins
@@ -38,6 +39,8 @@ from nos_backend.rpc.models import ModelService
 from nos_backend.rpc.relay import Relay
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nos_backend.cluster.link import ClusterEvent
     from nos_backend.control.blobs import BlobStore
     from nos_backend.control.catalogue import Catalogue
@@ -67,6 +70,7 @@ class GatewayServer:
         signer: TicketSigner,
         failures: Failures | None = None,
         ticket_ttl_s: float = TICKET_TTL_S,
+        crew_file: Path | None = None,
     ) -> None:
         """Put the server together; nothing listens yet.
 
@@ -79,6 +83,7 @@ class GatewayServer:
             signer: Of tickets.
             failures: Counts failed logins; None for one with the usual limit.
             ticket_ttl_s: How long tickets last.
+            crew_file: Where the supervisor says which workers there may be; None without one.
 
         Raises:
             ConfigError: If a served method declares no permission.
@@ -92,8 +97,15 @@ class GatewayServer:
         self._profiles = Profiles(registry, cluster)
         self._resolver = Resolver(catalogue, cluster, signer, ticket_ttl_s, self._profiles.of)
         self._channels = Channels()
+        self._recruiter = Recruiter(crew_file, cluster)
         self._clusters = ClusterService(
-            cluster, catalogue, states, self._resolver, self._events, registry.notices
+            cluster,
+            catalogue,
+            states,
+            self._resolver,
+            self._events,
+            self._recruiter,
+            registry.notices,
         )
         self._relay = Relay(self._resolver, self._channels)
         self._health = health.aio.HealthServicer()
@@ -214,6 +226,7 @@ class GatewayServer:
         for end in self._ends:
             end()
         self._cluster.on_reconnected = None
+        await self._recruiter.close()
         await self._server.stop(None)
         await self._channels.close()
 

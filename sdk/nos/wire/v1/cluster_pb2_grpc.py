@@ -50,6 +50,11 @@ class ClusterServiceStub(object):
                 request_serializer=nos_dot_v1_dot_cluster__pb2.ResolveRequest.SerializeToString,
                 response_deserializer=nos_dot_v1_dot_cluster__pb2.ResolveResponse.FromString,
                 _registered_method=True)
+        self.ScaleWorkers = channel.unary_unary(
+                '/nos.v1.ClusterService/ScaleWorkers',
+                request_serializer=nos_dot_v1_dot_cluster__pb2.ScaleWorkersRequest.SerializeToString,
+                response_deserializer=nos_dot_v1_dot_cluster__pb2.ScaleWorkersResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer(object):
@@ -77,6 +82,13 @@ class ClusterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleWorkers(self, request, context):
+        """Sets how many workers there are on the server's machine, or between which numbers the models decide.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Resolve,
                     request_deserializer=nos_dot_v1_dot_cluster__pb2.ResolveRequest.FromString,
                     response_serializer=nos_dot_v1_dot_cluster__pb2.ResolveResponse.SerializeToString,
+            ),
+            'ScaleWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleWorkers,
+                    request_deserializer=nos_dot_v1_dot_cluster__pb2.ScaleWorkersRequest.FromString,
+                    response_serializer=nos_dot_v1_dot_cluster__pb2.ScaleWorkersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class ClusterService(object):
             '/nos.v1.ClusterService/Resolve',
             nos_dot_v1_dot_cluster__pb2.ResolveRequest.SerializeToString,
             nos_dot_v1_dot_cluster__pb2.ResolveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nos.v1.ClusterService/ScaleWorkers',
+            nos_dot_v1_dot_cluster__pb2.ScaleWorkersRequest.SerializeToString,
+            nos_dot_v1_dot_cluster__pb2.ScaleWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

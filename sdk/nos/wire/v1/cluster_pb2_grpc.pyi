@@ -39,6 +39,8 @@ class ClusterServiceStub:
     """Streams events as they happen; a status snapshot is sent at a fixed rate when asked."""
     Resolve: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ResolveRequest, _cluster_pb2.ResolveResponse]
     """Says how to reach a model's replicas directly, and gives the ticket for it. Loads the model if need be."""
+    ScaleWorkers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ScaleWorkersRequest, _cluster_pb2.ScaleWorkersResponse]
+    """Sets how many workers there are on the server's machine, or between which numbers the models decide."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -51,6 +53,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Streams events as they happen; a status snapshot is sent at a fixed rate when asked."""
     Resolve: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ResolveRequest, _cluster_pb2.ResolveResponse]  # type: ignore[assignment]
     """Says how to reach a model's replicas directly, and gives the ticket for it. Loads the model if need be."""
+    ScaleWorkers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ScaleWorkersRequest, _cluster_pb2.ScaleWorkersResponse]  # type: ignore[assignment]
+    """Sets how many workers there are on the server's machine, or between which numbers the models decide."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The state of the whole server."""
@@ -78,5 +82,13 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ResolveResponse, _abc.Awaitable[_cluster_pb2.ResolveResponse]]:
         """Says how to reach a model's replicas directly, and gives the ticket for it. Loads the model if need be."""
+
+    @_abc_1.abstractmethod
+    def ScaleWorkers(
+        self,
+        request: _cluster_pb2.ScaleWorkersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ScaleWorkersResponse, _abc.Awaitable[_cluster_pb2.ScaleWorkersResponse]]:
+        """Sets how many workers there are on the server's machine, or between which numbers the models decide."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
