@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections import deque
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from nos.errors import ExecutorLostError, ModelError, NosError, OutOfDeviceMemoryError
+from nos.errors import ExecutorLostError, NosError, OutOfDeviceMemoryError
 
 from nos_backend.scheduling import device_queue
 from nos_backend.scheduling.device_queue import (
@@ -27,10 +25,9 @@ from nos_backend.scheduling.device_queue import (
     Start,
 )
 from nos_backend.worker import batches
-from nos_backend.worker.comparison import is_same
-from nos_backend.worker.culprits import Culprits, digest
-from nos_backend.worker.executors import Executor, Reply
+from nos_backend.worker.culprits import Culprits
 from nos_backend.worker.inputs import Input
+from nos_backend.worker.requests import Request, Run, failure, request_ids
 from nos_backend.worker.statistics import ModelStatistics
 
 if TYPE_CHECKING:
@@ -38,85 +35,14 @@ if TYPE_CHECKING:
 
     from nos.wire.v1 import models_pb2
 
-    from nos_backend.worker.executors import Block, Blocks
+    from nos_backend.worker.executors import Block, Blocks, Executor, Reply
     from nos_backend.worker.memory import DeviceMemory
 
+__all__ = ["Dispatcher", "Request", "failure"]
+
 _logger = logging.getLogger(__name__)
-_request_ids = itertools.count(1)
 #: Models that leave the device for one batch, at most; beyond it the batch is the one that is too large.
 _MAX_RESCUES: Final = 8
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Request:
-    """One call on its way through a worker. Exactly one terminal reply reaches its sink."""
-
-    model: str
-    """The version, as `name@v3`."""
-    method: str
-    tenant: str
-    """For whom it runs; fairness is between tenants."""
-    arguments: list[list[Any]]
-    """JSON nodes, checked."""
-    sink: Callable[[Reply], None]
-    """Called on the loop with items, then with one terminal reply; has to release each."""
-    input: Input | None = None
-    """The bytes that the arguments count into; the dispatcher's from `submit` on."""
-    deadline_s: float | None = None
-    """When the answer is worth nothing any more, on the loop's clock."""
-    may_wait: bool = False
-    """Its sender is held back by a window, so that a full queue need not refuse it."""
-    sender: int = 0
-    """Names the stream that it came by; 0 for none."""
-    recurs: bool = False
-    """Whether `arguments` is the very list of other requests, for the method."""
-    id: int = field(default_factory=_request_ids.__next__, init=False)
-    arrived_s: float = field(default=0.0, init=False)
-    granted_s: float = field(default=0.0, init=False)
-    """When the device was granted to it; 0 until then."""
-    batch_wait_s: float = field(default=0.0, init=False)
-    """How long of that it waited for others to run with."""
-    part: batches.Part | None = field(default=None, init=False)
-    """What it is to a batch; None if it runs alone."""
-
-    @property
-    def queue_s(self) -> float:
-        """How long it waited for the device, others to run with apart."""
-        return max(0.0, self.granted_s - self.arrived_s - self.batch_wait_s)
-
-
-def failure(error: NosError) -> Reply:
-    """Return the terminal reply that carries `error`."""
-    return Reply("error", error=error)
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A batch on its executor."""
-
-    batch: Batch
-    executor: Executor
-    #: Those that an answer is awaited for: all, or after a failure each that runs alone.
-    open: list[Request]
-    started_s: float
-    #: Of each request in `open`.
-    blocks: list[Block | None]
-    #: The input of all.
-    joined: Blocks | None = None
-    #: What each call's result was in the batch, while it is compared with the result alone.
-    compared: dict[int, Reply] = field(default_factory=dict)
-    #: Whether that found a difference; None while nothing was compared.
-    is_mixed: bool | None = None
-    #: Names what runs, where that may be what ended an executor.
-    digest: str = ""
-    #: Whether one failed that ran alone.
-    has_culprit: bool = False
-    #: Whether all together found no room.
-    ran_out: bool = False
-    #: How often a model had to leave the device for it.
-    num_rescues: int = 0
-    #: Those of `open` that gave items already, and cannot be repeated.
-    streaming: set[int] = field(default_factory=set)
 
 
 class Dispatcher:
@@ -158,7 +84,7 @@ class Dispatcher:
         #: Those whose first batch is yet to be compared with its calls alone.
         self._unchecked: set[tuple[str, str]] = set()
         #: What runs on each slot.
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         self._culprits = Culprits()
         #: Set while an executor is lost of which nobody knows yet what ended it.
         self._is_searching = False
@@ -301,7 +227,7 @@ class Dispatcher:
         plan = self._plans.get((request.model, request.method))
         part = request.part = plan.part(request.arguments) if plan else None
         if plan and part and 0 < plan.exact_rows < part.num_rows:
-            self._turn_away(request, batches.too_many_rows(plan, part))
+            request.turn_away(batches.too_many_rows(plan, part))
             return
         wanted = device_queue.Request(
             id=request.id,
@@ -332,19 +258,11 @@ class Dispatcher:
     def _may_run(self, request: Request) -> bool:
         """Whether a request is not known to end its executor; else it has ended."""
         try:
-            self._culprits.check(request.model, request.method, _digest(request))
+            self._culprits.check(request.model, request.method, request.digest())
         except NosError as error:
-            self._turn_away(request, error)
+            request.turn_away(error)
             return False
         return True
-
-    @staticmethod
-    def _turn_away(request: Request, error: NosError) -> None:
-        """End a request that was not queued."""
-        if request.input is not None:
-            request.input.release()
-            request.input = None
-        request.sink(failure(error))
 
     # Carrying out.
 
@@ -386,7 +304,7 @@ class Dispatcher:
                 self._resolve(self._drained.get(model))
 
     def _start(self, batch: Batch) -> None:
-        run = _Run(batch, self._executors[batch.executor], [], self._loop.time(), [])
+        run = Run(batch, self._executors[batch.executor], [], self._loop.time(), [])
         self._runs[batch.executor] = run
         now_s = self._loop.time()
         self._memory.started(batch.model)
@@ -394,7 +312,7 @@ class Dispatcher:
             request.granted_s = now_s
             request.batch_wait_s = min(batch.gather_s, now_s - request.arrived_s)
             if batch.is_suspect and len(batch.requests) == 1:
-                run.digest = _digest(request)
+                run.digest = request.digest()
             taken, request.input = request.input, None
             try:
                 block = taken.hand_over(run.executor) if taken else None
@@ -441,7 +359,7 @@ class Dispatcher:
             found,
         )
 
-    def _call_as_one(self, run: _Run) -> None:
+    def _call_as_one(self, run: Run) -> None:
         head = run.open[0]
         members = [
             batches.Member(request.arguments, request.part, block)
@@ -451,9 +369,9 @@ class Dispatcher:
         arguments, run.joined = batches.join(self._plans[head.model, head.method], members)
         self._call_joined(run, run.joined, arguments)
 
-    def _call_joined(self, run: _Run, joined: Blocks, arguments: list[list[Any]]) -> None:
+    def _call_joined(self, run: Run, joined: Blocks, arguments: list[list[Any]]) -> None:
         run.executor.call(
-            next(_request_ids),
+            next(request_ids),
             run.batch.model,
             run.open[0].method,
             arguments,
@@ -462,7 +380,7 @@ class Dispatcher:
         )
 
     def _on_joined_reply(
-        self, run: _Run, joined: Blocks, arguments: list[list[Any]], reply: Reply
+        self, run: Run, joined: Blocks, arguments: list[list[Any]], reply: Reply
     ) -> None:
         if reply.kind == "item":  # of a method that said it was no generator
             reply.release()
@@ -500,7 +418,7 @@ class Dispatcher:
             self._settle(request, part)
         self._finish(run.batch)
 
-    def _retry(self, run: _Run, joined: Blocks) -> None:
+    def _retry(self, run: Run, joined: Blocks) -> None:
         """Run each request of a failed batch alone, so that one that fails fails for itself."""
         self._queue.separated(run.batch.id, run.batch.executor)
         if joined.is_kept:
@@ -528,13 +446,13 @@ class Dispatcher:
         run.blocks = [block for _, block in live]
         self._call_each(run)
 
-    def _call_each(self, run: _Run) -> None:
+    def _call_each(self, run: Run) -> None:
         if not run.open:
             self._finish(run.batch)
         for request, block in zip(list(run.open), run.blocks, strict=True):
             self._call_one(run, request, block)
 
-    def _call_one(self, run: _Run, request: Request, block: Block | None) -> None:
+    def _call_one(self, run: Run, request: Request, block: Block | None) -> None:
         plan = self._plans.get((request.model, request.method))
         arguments: list[list[Any]] = request.arguments
         data: Block | Blocks | None = block
@@ -553,7 +471,7 @@ class Dispatcher:
             recurs=request.recurs and not is_exact,
         )
 
-    def _on_reply(self, run: _Run, request: Request, block: Block | None, reply: Reply) -> None:
+    def _on_reply(self, run: Run, request: Request, block: Block | None, reply: Reply) -> None:
         if reply.kind == "item":
             run.streaming.add(request.id)
             if self._queue.is_live(request.id):
@@ -572,11 +490,11 @@ class Dispatcher:
             again = partial(self._call_one, run, request, block)
             self._rescue(run, reply, again, partial(self._on_reply, run, request, block))
             return
-        reply = self._with_rows(request, reply, exact_rows)
+        reply = request.with_rows(reply, exact_rows)
         if isinstance(reply.error, OutOfDeviceMemoryError):
             reply = self._no_room(request, block, reply, reply.error)
         run.has_culprit |= reply.error is not None
-        self._compare(run, request, reply)
+        run.compare(request, reply)
         run.open.remove(request)
         self._settle(request, reply)
         if run.open:
@@ -596,39 +514,15 @@ class Dispatcher:
             )
         self._finish(batch)
 
-    @staticmethod
-    def _with_rows(request: Request, reply: Reply, exact_rows: int) -> Reply:
-        """Return a call's result with the rows of the call, or the error that it has others."""
-        if reply.kind != "result" or request.part is None:
-            return reply
-        try:
-            if exact_rows:
-                return batches.split(reply, [request.part], exact_rows)[0]
-            batches.check(reply, request.part)
-        except batches.WrongRowsError as error:
-            reply.release()
-            text = f"{request.model} gave another number of rows than it got: {error}"
-            return failure(ModelError(text, "WrongRowsError", str(error)))
-        return reply
-
-    @staticmethod
-    def _compare(run: _Run, request: Request, reply: Reply) -> None:
-        """See whether a call's result alone is what it was in its batch, where that is asked."""
-        in_batch = run.compared.pop(request.id, None)
-        if in_batch is not None:
-            if reply.error is None and not is_same(in_batch, reply):
-                run.is_mixed = True
-            in_batch.release()
-
     # Out of memory: room is made and the call repeated; a batch that finds none runs call by call.
 
     @staticmethod
-    def _can_rescue(run: _Run, reply: Reply) -> bool:
+    def _can_rescue(run: Run, reply: Reply) -> bool:
         return reply.can_repeat and run.num_rescues < _MAX_RESCUES
 
     def _rescue(
         self,
-        run: _Run,
+        run: Run,
         reply: Reply,
         again: Callable[[], None],
         give_up: Callable[[Reply], None],
@@ -664,7 +558,7 @@ class Dispatcher:
             )
         )
 
-    def _lose(self, run: _Run, reply: Reply, error: ExecutorLostError) -> None:
+    def _lose(self, run: Run, reply: Reply, error: ExecutorLostError) -> None:
         reply.release()
         self._on_lost(run.batch.executor, run.executor, error.got or str(error))
 
@@ -722,8 +616,3 @@ class Dispatcher:
     def _resolve(future: asyncio.Future[None] | None) -> None:
         if future is not None and not future.done():
             future.set_result(None)
-
-
-def _digest(request: Request) -> str:
-    view = request.input.view if request.input is not None else memoryview(b"")
-    return digest(request.method, request.arguments, view)
