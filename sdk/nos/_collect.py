@@ -284,7 +284,7 @@ class _Collector:
 def _namespace_of(target: Any) -> Mapping[str, Any]:
     function = next(_functions(target), None)
     module = sys.modules.get(target.__module__)
-    outer: Mapping[str, Any] = vars(module) if module is not None else {}
+    outer: dict[str, Any] = vars(module) if module is not None else {}
     if function is not None:
         outer = function.__globals__
     closed = _closed_over(target)

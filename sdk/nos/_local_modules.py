@@ -37,8 +37,13 @@ def root_of(module: ModuleType) -> Path | None:
 def imported() -> list[ModuleType]:
     """Return all modules of the author's folder that are imported now."""
     folders = _folders()
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
-    return [module for module in modules if _root_of(module, folders) is not None]
+    # Programs put other things there, too.
+    modules: list[object] = list(sys.modules.values())
+    return [
+        module
+        for module in modules
+        if isinstance(module, ModuleType) and _root_of(module, folders) is not None
+    ]
 
 
 def _root_of(module: ModuleType, folders: set[Path]) -> Path | None:
