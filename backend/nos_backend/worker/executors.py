@@ -38,10 +38,10 @@ from nos_backend.executor.messages import (
     ShortResult,
     check_block,
     check_node,
-    decode_json,
     encode,
 )
 from nos_backend.worker.blocks import Block, Blocks
+from nos_backend.worker.forms import Forms, Nodes
 from nos_backend.worker.processes import START_TIMEOUT_S, ForkServer, ProcessRequest, make_process
 from nos_backend.worker.replies import (
     NO_BYTES,
@@ -76,10 +76,6 @@ _LOG_READ_BYTES: Final = 1 << 16
 _LAZY_FREE_BYTES: Final = 64 << 20
 _FULL_PIPE_S: Final = 0.005
 _REASON_CHARS: Final = 300
-#: Forms of calls that an executor is told of, and nodes of results that are remembered.
-_MAX_FORMS: Final = 256
-_MAX_NODES: Final = 256
-_MAX_NODE_BYTES: Final = 256
 
 #: What comes of taking apart a message that is not as it should be.
 _NONSENSE: Final = (AttributeError, KeyError, MalformedError, OverflowError, TypeError, ValueError)
@@ -90,15 +86,6 @@ class _Call:
     key: str
     sink: Callable[[Reply], None]
     block: Block | Blocks | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """What a call has in common with others."""
-
-    number: int
-    #: Held, so that no other list has its identity.
-    arguments: list[list[Any]]
 
 
 class Executor(asyncio.Protocol):
@@ -130,11 +117,8 @@ class Executor(asyncio.Protocol):
         self._calls: dict[int, _Call] = {}
         #: Blocks of ended calls whose input a model still refers to.
         self._kept: dict[int, Block | Blocks] = {}
-        #: Forms of calls that the executor knows, by model, method and the arguments' identity.
-        self._forms: dict[tuple[str, str, int], _Form] = {}
-        self._form_numbers = itertools.count()
-        #: Nodes that were checked, by their JSON and the bytes of their block.
-        self._nodes: dict[tuple[bytes, int], Any] = {}
+        self._forms = Forms()
+        self._nodes = Nodes()
         self._freed: list[int] = []
         self._freed_bytes = 0
         self._released: list[int] = []
@@ -469,7 +453,8 @@ class Executor(asyncio.Protocol):
         if not self._calls:
             self._let_speak(key)
         self._calls[call_id] = _Call(key, sink, block)
-        if recurs and self._send_short(call_id, (key, method, id(arguments)), block):
+        form = self._forms.find(key, method, arguments) if recurs else None
+        if form is not None and isinstance(block, Block) and self._send_short(call_id, form, block):
             return
         message: dict[str, Any] = {
             "op": "call",
@@ -484,29 +469,20 @@ class Executor(asyncio.Protocol):
         elif block is not None:
             message["block"] = [block.offset, len(block.view)]
             if recurs:
-                message["form"] = self._new_form(key, method, arguments)
+                if self._forms.is_full:
+                    self._forms.clear()
+                    self._send({"op": "forget"})
+                message["form"] = self._forms.add(key, method, arguments)
         self._send(message)
 
-    def _send_short(
-        self, call_id: int, name: tuple[str, str, int], block: Block | Blocks | None
-    ) -> bool:
-        """Send a call of a form that the executor knows; return False if that cannot be."""
-        form = self._forms.get(name)
-        is_short = len(self._freed) <= MAX_SHORT_FREED and not self._released
-        if form is None or not is_short or not isinstance(block, Block):
+    def _send_short(self, call_id: int, form: int, block: Block) -> bool:
+        """Send a call of a form that the executor knows; return False if more has to be said."""
+        if len(self._freed) > MAX_SHORT_FREED or self._released:
             return False
         freed, self._freed, self._freed_bytes = self._freed, [], 0
-        call = ShortCall(call_id, form.number, block.offset, len(block.view), freed)
+        call = ShortCall(call_id, form, block.offset, len(block.view), freed)
         self._transport.write(call.encode())
         return True
-
-    def _new_form(self, key: str, method: str, arguments: list[list[Any]]) -> int:
-        if len(self._forms) >= _MAX_FORMS:
-            self._forms.clear()
-            self._send({"op": "forget"})
-        form = _Form(next(self._form_numbers), arguments)
-        self._forms[key, method, id(arguments)] = form
-        return form.number
 
     def cancel(self, call_id: int) -> None:
         """Stop a call that waits, or a generator at its next item; others run to their end."""
@@ -560,29 +536,15 @@ class Executor(asyncio.Protocol):
         match message:
             case ShortResult(call_id, offset, size, compute_s, is_kept, raw):
                 check_block([offset, size], self._output.size_bytes)
-                node = self._node(raw, size)
-                raw = raw if len(raw) <= _MAX_NODE_BYTES else b""
+                node, known = self._nodes.read(raw, size)
                 view = self._output.view[offset : offset + size]
                 lease = Lease(lambda: self._release(offset, size, None)) if size else NO_LEASE
-                reply = Reply("result", node, view, compute_s, raw_node=raw, _lease=lease)
+                reply = Reply("result", node, view, compute_s, raw_node=known, _lease=lease)
                 self._end_call(call_id, reply, is_kept=is_kept)
             case dict():
                 self._handle_object(message)
             case _:
                 raise MalformedError("a message that only a worker sends")
-
-    def _node(self, raw: bytes, block_bytes: int) -> Any:
-        """Return a result's node, checked."""
-        node = self._nodes.get((raw, block_bytes), self)
-        if node is not self:
-            return node
-        node = decode_json(raw)
-        check_node(node, block_bytes)
-        if len(raw) <= _MAX_NODE_BYTES:
-            if len(self._nodes) >= _MAX_NODES:
-                self._nodes.clear()
-            self._nodes[raw, block_bytes] = node
-        return node
 
     def _handle_object(self, message: dict[str, Any]) -> None:
         match message["op"]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nos.wire.v1 import access_pb2
 
     from nos_backend.worker.access import Access
-    from nos_backend.worker.streams import Pipe, Receive
+    from nos_backend.worker.pipes import Pipe, Receive
 
 _logger = logging.getLogger(__name__)
 

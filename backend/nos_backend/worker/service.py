@@ -33,7 +33,8 @@ from nos_backend.worker.access import authorize, unexpected
 from nos_backend.worker.arguments import check_arguments, from_node
 from nos_backend.worker.dispatch import Request
 from nos_backend.worker.local import LocalPort, open_port
-from nos_backend.worker.streams import Context, GrpcPipe, Pipe, Stream, deadline_of, set_timings
+from nos_backend.worker.pipes import Context, GrpcPipe, Pipe
+from nos_backend.worker.streams import Stream, deadline_of, set_timings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from nos.errors import (
     CancelledError,
@@ -40,20 +40,15 @@ from nos_backend.worker.replies import NO_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import grpc
     from nos.wire.v1 import access_pb2, models_pb2
 
     from nos_backend.worker.access import Access
     from nos_backend.worker.inputs import Input
     from nos_backend.worker.manager import ModelManager
+    from nos_backend.worker.pipes import Pipe
     from nos_backend.worker.replies import Reply
 
 T = TypeVar("T")
-
-#: What a handler of raw bytes reads from and writes to.
-Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
-#: Takes a client's serialized message and its data, which is valid for the call only.
-Receive: TypeAlias = "Callable[[bytes, memoryview], None]"
 
 _logger = logging.getLogger(__name__)
 
@@ -68,87 +63,6 @@ _MAX_FORMS: Final = 32
 _MAX_FORM_BYTES: Final = 512
 #: Frames over the window still get their error each; beyond this many nothing more is read.
 _CLOGGED_FRAMES: Final = 4 * WINDOW_FRAMES
-
-
-class Pipe(Protocol):
-    """Carries a stream's messages; one task reads, one writes."""
-
-    #: Messages that the transport has taken.
-    num_written: int
-
-    async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
-        """Hand messages to `receive` until the client has half-closed.
-
-        Args:
-            receive: Called on the loop; what it raises ends this.
-            flowing: While it is not set, few messages more are read.
-
-        Raises:
-            NosError: If a message makes no sense, or as `receive`.
-        """
-
-    async def leave(self) -> None:
-        """Wait until the client is gone, and raise then; return where the task is told otherwise.
-
-        Raises:
-            CancelledError: When it is gone.
-        """
-
-    @property
-    def takes_at_once(self) -> bool:
-        """Whether a message can be written without waiting."""
-
-    def write_at_once(self, seq: int, header: bytes, data: memoryview) -> None:
-        """As `write`, while `takes_at_once`."""
-
-    async def write(self, seq: int, header: bytes, data: memoryview) -> None:
-        """Write a message, with its data in as many more as it takes; the data is copied by then.
-
-        Args:
-            seq: Which frame it belongs to.
-            header: The serialized message.
-            data: Its data; may be empty.
-        """
-
-    def is_frozen(self) -> bool:
-        """Return whether the client is known to be stopped, here and when this was asked last."""
-
-
-class GrpcPipe:
-    """A stream over gRPC."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self.num_written = 0
-
-    async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
-        """See `Pipe`."""
-        while isinstance(raw := await self._context.read(), bytes):
-            receive(*frames.cut(raw))
-            if not flowing.is_set():
-                await flowing.wait()
-
-    async def leave(self) -> None:
-        """See `Pipe`: gRPC cancels the call."""
-
-    @property
-    def takes_at_once(self) -> bool:
-        """See `Pipe`: gRPC says only afterwards."""
-        return False
-
-    def write_at_once(self, seq: int, header: bytes, data: memoryview) -> None:
-        """See `Pipe`."""
-        raise AssertionError("it takes nothing at once")
-
-    async def write(self, seq: int, header: bytes, data: memoryview) -> None:
-        """See `Pipe`."""
-        for message in frames.pack(seq, header, [data], data.nbytes):
-            await self._context.write(message)
-            self.num_written += 1
-
-    def is_frozen(self) -> bool:
-        """See `Pipe`: gRPC's keepalive finds out, and cancels the call."""
-        return False
 
 
 _senders = itertools.count(1)
