@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from nos import _address, _control, _profile, _registering, _stats, _tokens
+from nos import _address, _control, _profile, _registering, _stats, _timeline, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
 from nos._link import GRACE_S, out_of_time
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nos._link import Call, Flow
     from nos._profile import Profile
     from nos._stats import ModelStats, StatsList
+    from nos._timeline import MemoryHistory
     from nos._tokens import NewToken, TokenList
     from nos.types import Event, LogLine, Memory, ModelChange, ModelInfo, ModelList, Result, Status
     from nos.wire.v1 import models_pb2
@@ -109,6 +110,10 @@ class AsyncClient:
     async def memory(self, *, timeout_s: float | None = None) -> Memory:
         """See `Client.memory`."""
         return (await self.status(timeout_s=timeout_s)).memory
+
+    async def memory_history(self, *, timeout_s: float | None = None) -> MemoryHistory:
+        """See `Client.memory_history`."""
+        return await _answer(self._engine, _timeline.get(), timeout_s)
 
     async def models(self, pattern: str = "", *, timeout_s: float | None = None) -> ModelList:
         """See `Client.models`."""

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, overload
 
-from nos import _address, _control, _profile, _registering, _stats, _tokens
+from nos import _address, _control, _profile, _registering, _stats, _timeline, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
 from nos._stream import Policy, StreamCore, flow_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nos._link import Call, Flow
     from nos._profile import Profile
     from nos._stats import ModelStats, StatsList
+    from nos._timeline import MemoryHistory
     from nos._tokens import NewToken, TokenList
     from nos.types import Event, LogLine, Memory, ModelChange, ModelInfo, ModelList, Result, Status
     from nos.wire.v1 import models_pb2
@@ -97,6 +98,10 @@ class Client:
     def memory(self, *, timeout_s: float | None = None) -> Memory:
         """Return who holds how much memory, by device, tier, model and owner."""
         return self.status(timeout_s=timeout_s).memory
+
+    def memory_history(self, *, timeout_s: float | None = None) -> MemoryHistory:
+        """Return what the devices held over the last time, from change to change."""
+        return self._engine.wait(_timeline.get(), timeout_s)
 
     def models(self, pattern: str = "", *, timeout_s: float | None = None) -> ModelList:
         """List the models whose names contain `pattern`."""

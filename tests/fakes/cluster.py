@@ -68,6 +68,9 @@ class FakeCluster:
         self.loaded.pop(key, None)
         self.tell("unloaded", key)
 
+    async def memory_history(self):
+        return [("fake-0", "cpu", [{"time_s": 1.0, "used_bytes": 2, "models": {"x@v1": 1}}])]
+
     async def profiles(self, key):
         raw = self.profiled.get(key, b"")
         return [{"state": "ready" if raw else "none", "profile": raw, "note": ""}]

@@ -95,6 +95,13 @@ def look_again(server: Server, known: nos.Profile) -> None:
         assert client.model("me/net")(np.ones((3, 64), np.float32)).shape == (3, 64)
         assert client.profile("me/net") == known
         assert asyncio.run(_profile_of(server)) == known
+        weight_bytes = known.weight_bytes
+        assert client.memory_history().series()["me/net@v1"][-1] == weight_bytes
+        client.unload("me/net")
+        history = client.memory_history()
+        assert [it.models.get("me/net@v1", 0) for it in history.samples][-1] == 0
+        assert weight_bytes in [it.models.get("me/net@v1", 0) for it in history.samples]
+        assert "<table" in history._repr_html_()
         client.unregister("me/net")
         with pytest.raises(ModelNotFoundError):
             client.profile("me/net")

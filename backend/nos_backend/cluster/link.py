@@ -261,6 +261,19 @@ class ClusterLink:
             for worker, lines in reply["logs"].items()
         }
 
+    async def memory_history(self) -> list[tuple[str, str, list[dict[str, Any]]]]:
+        """Return what each worker's device held: its name, its device, and the samples.
+
+        ::
+
+            {"time_s", "used_bytes", "models": {key: bytes}}
+
+        Raises:
+            UnavailableError: If the scheduler does not answer.
+        """
+        reply = await self._ask("nos_memory")
+        return [(str(name), str(device), list(found)) for name, device, found in reply["memory"]]
+
     async def profiles(self, key: str) -> list[dict[str, Any]]:
         """Return what the workers that have a model measured of it.
 

@@ -89,6 +89,7 @@ class ServePlane(SchedulerPlugin):
         scheduler.handlers["nos_state"] = self.state
         scheduler.handlers["nos_logs"] = self.logs
         scheduler.handlers["nos_profiles"] = self.profiles
+        scheduler.handlers["nos_memory"] = self.memory
         self._stock_target = scheduler.adaptive_target
         # Both: `cluster.adapt()` in this process asks the method, everybody else the handler.
         scheduler.adaptive_target = self.adaptive_target  # type: ignore[method-assign]
@@ -214,6 +215,15 @@ class ServePlane(SchedulerPlugin):
             if reply.get("lines"):
                 found[str(self._scheduler.workers[address].name)] = reply["lines"]
         return {"logs": found}
+
+    async def memory(self) -> dict[str, Any]:
+        """Return what each worker's device held: [name, device, samples]."""
+        found = []
+        for address in self._serving():
+            reply = await self._command(address, "nos_memory")
+            if "samples" in reply and (worker := self._scheduler.workers.get(address)):
+                found.append([str(worker.name), reply["device"], reply["samples"]])
+        return {"memory": found}
 
     async def profiles(self, key: str) -> dict[str, Any]:
         """Return what workers measured of a model; the form stands at `ClusterLink.profiles`."""

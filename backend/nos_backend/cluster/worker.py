@@ -113,6 +113,7 @@ class HostPlugin(WorkerPlugin):
         worker.handlers["nos_state"] = self.state
         worker.handlers["nos_logs"] = self.logs
         worker.handlers["nos_profile"] = self.profile
+        worker.handlers["nos_memory"] = self.memory
 
     async def teardown(self, worker: Worker) -> None:
         """Finish what is in flight, then stop the data plane and the executors."""
@@ -174,6 +175,15 @@ class HostPlugin(WorkerPlugin):
         """Return the manager's status as of now."""
         await self._refresh()
         return self._status
+
+    async def memory(self) -> dict[str, Any]:
+        """Return what the device held, from change to change."""
+
+        async def read() -> list[dict[str, Any]]:
+            return self._manager.timeline()
+
+        samples = await asyncio.wrap_future(self._plane.submit_coroutine(read))
+        return {"device": self._device.name, "samples": samples}
 
     async def profile(self, key: str) -> dict[str, Any]:
         """Return how far a model's profile is; empty if the model is not here."""

@@ -62,6 +62,10 @@ class Cluster(Protocol):
         """Return the last lines that a model printed, by worker."""
         ...
 
+    async def memory_history(self) -> list[tuple[str, str, list[dict[str, Any]]]]:
+        """Return what each worker's device held: its name, its device, and the samples."""
+        ...
+
     async def profiles(self, key: str) -> list[dict[str, Any]]:
         """Return what workers measured of a model."""
         ...

@@ -31,6 +31,7 @@ LEAST_ROLE: Final[dict[str, access_pb2.Role.ValueType | None]] = {
     "/nos.v1.ModelService/WatchModels": _VIEWER,
     "/nos.v1.ClusterService/GetStatus": _VIEWER,
     "/nos.v1.ClusterService/WatchEvents": _VIEWER,
+    "/nos.v1.ClusterService/GetMemoryHistory": _VIEWER,
     "/nos.v1.ClusterService/Resolve": _USER,
     "/nos.v1.ClusterService/ScaleWorkers": _ADMIN,
     "/nos.v1.BlobService/Stat": _AUTHOR,

@@ -83,6 +83,18 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
                         message=event.message,
                     )
 
+    async def GetMemoryHistory(
+        self, request: cluster_pb2.GetMemoryHistoryRequest, context: Context
+    ) -> cluster_pb2.GetMemoryHistoryResponse:
+        """Say what the devices held."""
+        samples = [
+            cluster_pb2.MemorySample(worker=worker, device=device, **sample)
+            for worker, device, history in await self._cluster.memory_history()
+            for sample in history
+        ]
+        samples.sort(key=lambda sample: sample.time_s)
+        return cluster_pb2.GetMemoryHistoryResponse(samples=samples)
+
     async def Resolve(
         self, request: cluster_pb2.ResolveRequest, context: Context
     ) -> cluster_pb2.ResolveResponse:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from nos.errors import (
@@ -34,6 +35,7 @@ from nos_backend.worker.model_logs import ModelLogs
 from nos_backend.worker.profiles import Profiles, advice
 from nos_backend.worker.slots import Slots
 from nos_backend.worker.surroundings import Probes, Surroundings
+from nos_backend.worker.timeline import Sample, Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -146,6 +148,7 @@ class ModelManager:
             on_profile=self._on_profile,
             on_measured=lambda key: self._on_event("profiled", key, ""),
         )
+        self._timeline = Timeline()
         self._on_event = on_event
         self._entries: dict[str, Entry] = {}
         self._slots = Slots(
@@ -257,6 +260,7 @@ class ModelManager:
 
     def status(self) -> dict[str, Any]:
         """Return the state of the device in plain types."""
+        self._note_memory()
         return {
             "device": self.device,
             "capacity_bytes": self._surroundings.capacity_bytes if self.capacity_bytes else 0,
@@ -518,7 +522,21 @@ class ModelManager:
             if entry.ready.done() and not self._memory.is_on_device(entry.key)
         ]
 
+    def timeline(self) -> list[dict[str, Any]]:
+        """Return what the device held, in plain types; see `timeline.Sample`."""
+        self._note_memory()
+        return self._timeline.read()
+
+    def _note_memory(self) -> None:
+        models = {
+            key: entry.weight_bytes
+            for key, entry in self._entries.items()
+            if self._memory.is_on_device(key)
+        }
+        self._timeline.note(Sample(time.time(), self._memory.used_bytes, models))
+
     def _on_moved(self, key: str, transition: Transition) -> None:
+        self._note_memory()
         if transition.target == "device":
             self._dispatcher.look_again()
         elif transition.source == "device":

@@ -45,6 +45,11 @@ class ClusterServiceStub(object):
                 request_serializer=nos_dot_v1_dot_cluster__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=nos_dot_v1_dot_cluster__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
+        self.GetMemoryHistory = channel.unary_unary(
+                '/nos.v1.ClusterService/GetMemoryHistory',
+                request_serializer=nos_dot_v1_dot_cluster__pb2.GetMemoryHistoryRequest.SerializeToString,
+                response_deserializer=nos_dot_v1_dot_cluster__pb2.GetMemoryHistoryResponse.FromString,
+                _registered_method=True)
         self.Resolve = channel.unary_unary(
                 '/nos.v1.ClusterService/Resolve',
                 request_serializer=nos_dot_v1_dot_cluster__pb2.ResolveRequest.SerializeToString,
@@ -70,6 +75,13 @@ class ClusterServiceServicer(object):
 
     def WatchEvents(self, request, context):
         """Streams events as they happen; a status snapshot is sent at a fixed rate when asked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetMemoryHistory(self, request, context):
+        """Says what the devices held over the last time, from change to change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,6 +113,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=nos_dot_v1_dot_cluster__pb2.WatchEventsRequest.FromString,
                     response_serializer=nos_dot_v1_dot_cluster__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'GetMemoryHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMemoryHistory,
+                    request_deserializer=nos_dot_v1_dot_cluster__pb2.GetMemoryHistoryRequest.FromString,
+                    response_serializer=nos_dot_v1_dot_cluster__pb2.GetMemoryHistoryResponse.SerializeToString,
             ),
             'Resolve': grpc.unary_unary_rpc_method_handler(
                     servicer.Resolve,
@@ -168,6 +185,33 @@ class ClusterService(object):
             '/nos.v1.ClusterService/WatchEvents',
             nos_dot_v1_dot_cluster__pb2.WatchEventsRequest.SerializeToString,
             nos_dot_v1_dot_cluster__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMemoryHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nos.v1.ClusterService/GetMemoryHistory',
+            nos_dot_v1_dot_cluster__pb2.GetMemoryHistoryRequest.SerializeToString,
+            nos_dot_v1_dot_cluster__pb2.GetMemoryHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

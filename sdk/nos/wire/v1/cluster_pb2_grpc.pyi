@@ -37,6 +37,8 @@ class ClusterServiceStub:
     """Describes the server as it stands."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_cluster_pb2.WatchEventsRequest, _cluster_pb2.WatchEventsResponse]
     """Streams events as they happen; a status snapshot is sent at a fixed rate when asked."""
+    GetMemoryHistory: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetMemoryHistoryRequest, _cluster_pb2.GetMemoryHistoryResponse]
+    """Says what the devices held over the last time, from change to change."""
     Resolve: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ResolveRequest, _cluster_pb2.ResolveResponse]
     """Says how to reach a model's replicas directly, and gives the ticket for it. Loads the model if need be."""
     ScaleWorkers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ScaleWorkersRequest, _cluster_pb2.ScaleWorkersResponse]
@@ -51,6 +53,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Describes the server as it stands."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_cluster_pb2.WatchEventsRequest, _cluster_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Streams events as they happen; a status snapshot is sent at a fixed rate when asked."""
+    GetMemoryHistory: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetMemoryHistoryRequest, _cluster_pb2.GetMemoryHistoryResponse]  # type: ignore[assignment]
+    """Says what the devices held over the last time, from change to change."""
     Resolve: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ResolveRequest, _cluster_pb2.ResolveResponse]  # type: ignore[assignment]
     """Says how to reach a model's replicas directly, and gives the ticket for it. Loads the model if need be."""
     ScaleWorkers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ScaleWorkersRequest, _cluster_pb2.ScaleWorkersResponse]  # type: ignore[assignment]
@@ -74,6 +78,14 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_cluster_pb2.WatchEventsResponse], _abc.AsyncIterator[_cluster_pb2.WatchEventsResponse]]:
         """Streams events as they happen; a status snapshot is sent at a fixed rate when asked."""
+
+    @_abc_1.abstractmethod
+    def GetMemoryHistory(
+        self,
+        request: _cluster_pb2.GetMemoryHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GetMemoryHistoryResponse, _abc.Awaitable[_cluster_pb2.GetMemoryHistoryResponse]]:
+        """Says what the devices held over the last time, from change to change."""
 
     @_abc_1.abstractmethod
     def Resolve(
