@@ -58,6 +58,7 @@ def test_network_with_weights_is_served_as_its_class_and_state(client):
 
 
 @pytest.mark.accept("F2")
+@pytest.mark.timeout(300)  # torch.export takes a while on a busy machine
 def test_network_with_an_example_is_served_as_an_exported_program(client):
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     made = client.register(net, name="objects/program", example=torch.ones(1, 4))
