@@ -133,7 +133,7 @@ class ServePlane(SchedulerPlugin):
                 return {"error": self._failed(model.failure)}
             if self._reconciler.models.get(key) is not model:
                 message = f"model {key!r} was unloaded before it was loaded"
-                return {"error": _error(Reason.CANCELLED, message)}
+                return {"error": _error(Reason.UNAVAILABLE, message, hint="Try again")}
             is_waiting = not model.replicas
             if is_waiting and model.pending in (Refusal.NO_DEVICE, Refusal.NO_ROOM):
                 if model.min_replicas == 0:
