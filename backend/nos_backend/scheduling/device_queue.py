@@ -378,7 +378,13 @@ class DeviceQueue:
     def _clear_suspects(self, requests: Iterable[Request]) -> None:
         """See whether each request of a batch that ended an executor is harmless by itself."""
         for incident in self._suspects.clear(requests, self.is_live):
-            self.shrink(incident.model, incident.rows // 2)
+            model = self._models.get(incident.model)
+            if model is not None:
+                model.num_unexplained += 1
+                if (
+                    model.num_unexplained > 1
+                ):  # once may be anything: a signal, the machine's memory
+                    self.shrink(incident.model, incident.rows // 2)
 
     def _admit(self, request: Request, now_s: float) -> NosError | list[Action]:
         """Return why a request is refused, or what ends because it is admitted."""

@@ -28,6 +28,8 @@ class Model:
     is_ready: bool = True
     is_draining: bool = False
     num_running: int = 0
+    #: Batches that ended their executor although none of their requests does.
+    num_unexplained: int = 0
     limits: BatchLimits = field(default_factory=BatchLimits)
     time: BatchTime = field(default_factory=BatchTime)
     gatherer: Gatherer = field(default_factory=Gatherer)

@@ -28,8 +28,13 @@ class Fragile:
         self.ends: dict[int, object] = {}
         self.culprits: list[int] = []
         self.batches: list[Batch] = []
-        self._pending: list[Action] = self.queue.hold("x", now_s=0)
-        for number in range(num_requests):
+        self._pending: list[Action] = []
+        self.send(range(num_requests))
+
+    def send(self, numbers: range) -> None:
+        """Let requests arrive at once, and serve them."""
+        self._pending += self.queue.hold("x", now_s=0)
+        for number in numbers:
             tenant = "tu"[number % 2]
             request = Request(id=number, model="a", tenant=tenant, key="k", may_wait=True)
             self._pending += self.queue.arrive(request, now_s=0)
@@ -76,7 +81,10 @@ def test_suspects_run_among_themselves() -> None:
 
 def test_a_batch_that_is_only_too_large_makes_batches_smaller() -> None:
     device = Fragile(32, set(), max_rows=16)
+    assert device.queue.shrink("a", 64) == 64, "once may be anything"
+    device.send(range(32, 64))
     assert device.culprits == []
+    assert len(device.ends) == 64
     assert set(device.ends.values()) == {None}
     assert device.queue.shrink("a", 64) == 16
 
