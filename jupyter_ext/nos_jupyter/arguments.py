@@ -11,9 +11,12 @@ import argparse
 import difflib
 import json
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from IPython.core.error import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _QUOTES = "'\""
 _OPEN, _CLOSE = "([{", ")]}"
@@ -188,6 +191,18 @@ def build() -> CommandLine:
     def command(name: str, summary: str) -> CommandParser:
         return group.add_parser(name, help=summary.replace("%", "%%"), description=summary)
 
+    _add_backend(command)
+    _add_calls(command)
+    _add_figures(command)
+    _add_widgets(command)
+    _add_own_models(command)
+    command("debug", "all that is known of the last failure, the model's traceback included")
+    sub = command("help", "the commands, or one of them")
+    sub.add_argument("topic", nargs="?", metavar="COMMAND")
+    return CommandLine(parser, dict(group.choices))
+
+
+def _add_backend(command: Callable[[str, str], CommandParser]) -> None:
     command("status", "backend, devices, loaded models; the same as %nos alone")
     sub = command("connect", "use the backend at an address, or find one")
     sub.add_argument("address", nargs="?", metavar="HOST:PORT")
@@ -198,6 +213,10 @@ def build() -> CommandLine:
     sub.add_argument("--models", metavar="DIR", help="folder of model files to serve")
     sub.add_argument("--owned", action="store_true", help="end it with this kernel")
     command("stop", "stop this user's backend on this machine")
+    command("dask", "the link to the Dask dashboard")
+
+
+def _add_calls(command: Callable[[str, str], CommandParser]) -> None:
     sub = command("models", "the catalogue")
     sub.add_argument("pattern", nargs="?", default="", help="only names that contain this")
     sub.add_argument("--loaded", action="store_true", help="only those on a device")
@@ -207,34 +226,58 @@ def build() -> CommandLine:
     sub = _model(command("run", "run a model; a cell's body is its first argument"))
     sub.add_argument("values", nargs="*", metavar="VALUE", help="text, {expression} or $name")
     sub.add_argument("-i", "--input", action="append", default=[], metavar="NAME=VALUE")
-    sub.add_argument("-m", "--method", default="", help="a method other than __call__")
+    _method(sub)
     sub.add_argument("-o", "--out", metavar="NAME", help="also put the value into this variable")
     sub.add_argument("--timeout", type=float, metavar="SECONDS")
     sub = _model(command("map", "run a model on each item of a list or array"))
     sub.add_argument("items", metavar="ITEMS", help="{expression} or $name")
-    sub.add_argument("-m", "--method", default="", help="a method other than __call__")
+    _method(sub)
     sub.add_argument("-o", "--out", metavar="NAME", help="put the results here, also on interrupt")
     sub.add_argument("--timeout", type=float, metavar="SECONDS", help="of each call")
+
+
+def _add_figures(command: Callable[[str, str], CommandParser]) -> None:
+    sub = _model(command("scale", "say how many replicas a model may have"))
+    sub.add_argument("replicas", type=int, nargs="?", metavar="N", help="exactly so many")
+    sub.add_argument("--min", type=int, metavar="N", help="at least so many")
+    sub.add_argument("--max", type=int, metavar="N", help="at most so many: the load decides")
+    _model(command("profile", "time and memory of a model by batch size"))
+    sub = command("stats", "what became of a model's requests, or of every model's")
+    sub.add_argument("model", nargs="?", default="", metavar="MODEL")
+    sub = _model(command("logs", "the last lines that a model printed"))
+    sub.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="default 50")
+
+
+def _add_widgets(command: Callable[[str, str], CommandParser]) -> None:
     sub = command("mem", "device memory by model")
     sub.add_argument("--watch", action="store_true", help="a live chart")
     _model(command("panel", "a form for calls of a model"))
+    summary = "live frames through a model: of the camera, a file or the notebook"
+    sub = _model(command("stream", summary))
+    sub.add_argument("--source", metavar="FRAMES", help="$name or {expression}: images to play")
+    sub.add_argument("--fps", type=float, default=30.0, metavar="N", help="at most; default 30")
+    _method(sub)
     command("browse", "the catalogue, live")
+
+
+def _add_own_models(command: Callable[[str, str], CommandParser]) -> None:
     sub = _model(command("model", "%%nos model NAME: make a model of the class in this cell"))
     sub.add_argument("--class", dest="class_name", metavar="NAME", help="which class of the cell")
-    sub.add_argument("--device", help="auto, cpu or cuda")
-    sub.add_argument("--isolation", choices=("shared", "process"))
-    sub = command("register", "make a model of a class of this notebook")
-    sub.add_argument(
-        "value", metavar="CLASS", nargs="?", help="$name or {expression}; none: a form"
-    )
+    _where(sub)
+    sub = command("register", "make a model of a class or object of this notebook")
+    sub.add_argument("value", metavar="VALUE", nargs="?", help="$name, {expression}; none: a form")
     sub.add_argument("--name", default="", metavar="NAME", help="by default what @nos.model says")
-    sub.add_argument("--device", help="auto, cpu or cuda")
-    sub.add_argument("--isolation", choices=("shared", "process"))
+    _where(sub)
     _model(command("unregister", "forget a model and all its versions"))
-    command("debug", "all that is known of the last failure, the model's traceback included")
-    sub = command("help", "the commands, or one of them")
-    sub.add_argument("topic", nargs="?", metavar="COMMAND")
-    return CommandLine(parser, dict(group.choices))
+
+
+def _where(parser: CommandParser) -> None:
+    parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--isolation", choices=("shared", "process"))
+
+
+def _method(parser: CommandParser) -> None:
+    parser.add_argument("-m", "--method", default="", help="a method other than __call__")
 
 
 def _model(parser: CommandParser) -> CommandParser:

@@ -20,7 +20,21 @@ BUDGET_S = 0.15
 
 #: Commands whose first word is a model of the catalogue.
 MODEL_COMMANDS = frozenset(
-    {"info", "load", "unload", "run", "map", "models", "panel", "unregister"}
+    (
+        "info",
+        "load",
+        "unload",
+        "run",
+        "map",
+        "models",
+        "panel",
+        "stream",
+        "scale",
+        "profile",
+        "stats",
+        "logs",
+        "unregister",
+    )
 )
 
 

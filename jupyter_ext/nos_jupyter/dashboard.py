@@ -59,19 +59,10 @@ class DashboardHandler(NosHandler):
     @authorized("read", resource="nos.dask")  # type: ignore[untyped-decorator]
     async def get(self, path: str) -> None:
         """Fetch a page or file."""
-        await self._pass_on("GET", path)
-
-    @web.authenticated
-    @authorized("read", resource="nos.dask")  # type: ignore[untyped-decorator]
-    async def head(self, path: str) -> None:
-        """Fetch the headers of a page or file."""
-        await self._pass_on("HEAD", path)
-
-    async def _pass_on(self, method: str, path: str) -> None:
         url = await _target(self.app, path, self.request.query)
         headers = {name: value for name in _SENT_ON if (value := self.request.headers.get(name))}
         request = HTTPRequest(
-            url, method, headers=headers, follow_redirects=False, request_timeout=TIMEOUT_S
+            url, headers=headers, follow_redirects=False, request_timeout=TIMEOUT_S
         )
         try:
             answer = await AsyncHTTPClient().fetch(request, raise_error=False)
@@ -105,6 +96,9 @@ class DashboardSocket(NosSocket):
     @authorized("read", resource="nos.dask")  # type: ignore[untyped-decorator]
     async def get(self, path: str) -> None:  # type: ignore[override]
         """Open it, once the dashboard's is open."""
+        if not self.check_origin():
+            # Before anything is opened for a page of another origin.
+            raise web.HTTPError(403)
         url = await _target(self.app, path, self.request.query)
         offered = self.request.headers.get("Sec-WebSocket-Protocol", "")
         protocols = [name.strip() for name in offered.split(",") if name.strip()]

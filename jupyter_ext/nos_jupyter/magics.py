@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_MAX_FPS = 120
 _CELL_COMMANDS = ("model", "run")
 
 
@@ -165,6 +166,10 @@ class NosMagics(Magics):
             return views.Message("the backend is stopped")
         return views.Message("no backend of this user runs on this machine")
 
+    def _dask(self, options: argparse.Namespace) -> Any:
+        url = self._status(options).dashboard_url
+        return views.Link(url) if url else views.Message("this backend has no dashboard")
+
     def _models(self, options: argparse.Namespace) -> Any:
         models = self._ask(lambda client: client.models(options.pattern))
         return (
@@ -182,6 +187,27 @@ class NosMagics(Magics):
 
     def _unload(self, options: argparse.Namespace) -> Any:
         return self._ask(lambda client: client.unload(options.model))
+
+    def _scale(self, options: argparse.Namespace) -> Any:
+        return self._ask(
+            lambda client: client.scale(
+                options.model, options.replicas, min=options.min, max=options.max
+            )
+        )
+
+    def _profile(self, options: argparse.Namespace) -> Any:
+        with Progress(self._shell, f"measuring {options.model}"):
+            return self._ask(lambda client: client.profile(options.model))
+
+    def _stats(self, options: argparse.Namespace) -> Any:
+        if options.model:
+            return self._ask(lambda client: client.stats(options.model))
+        return self._ask(lambda client: client.stats())
+
+    def _logs(self, options: argparse.Namespace) -> Any:
+        lines = self._ask(lambda client: client.logs(options.model, max_lines=options.lines))
+        text = "\n".join(map(str, lines))
+        return views.Preformatted(text or f"{options.model} has printed nothing")
 
     def _run(self, options: argparse.Namespace, cell: str | None) -> Any:
         namespace = self._shell.user_ns
@@ -226,6 +252,25 @@ class NosMagics(Magics):
 
         info = self._ask(lambda client: client.info(options.model))
         return InferencePanel(info.name, self.connect)
+
+    def _stream(self, options: argparse.Namespace) -> Any:
+        from nos_jupyter.frames import image_parameter
+        from nos_jupyter.widgets import StreamPlayer
+
+        images = options.source and arguments.value(options.source, self._shell.user_ns)
+        if isinstance(images, str) or not (images is None or isinstance(images, Iterable)):
+            raise UsageError("--source expects images as $name or {expression}")
+        if not 0 < options.fps <= _MAX_FPS:
+            raise UsageError(f"--fps expects a number up to {_MAX_FPS}, got {options.fps:g}")
+        handle = self._ask(lambda client: client.model(options.model))
+        image_parameter(handle.spec, handle.method(options.method or None).info)
+        return StreamPlayer(
+            handle.name,
+            images,
+            method=options.method or "__call__",
+            fps=options.fps,
+            source=self.connect,
+        )
 
     def _browse(self, _: argparse.Namespace) -> Any:
         from nos_jupyter.widgets import ModelBrowser

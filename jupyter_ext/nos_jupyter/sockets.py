@@ -122,7 +122,7 @@ class StreamSocket(NosSocket):
     async def open(self, name: str) -> None:
         """Wait for the page to say which method."""
         super().open(name)
-        self.name = name
+        self.model = name
         self.app.num_streams += 1
         #: None before the page said which method.
         self.frames: AsyncStream | None = None
@@ -142,7 +142,7 @@ class StreamSocket(NosSocket):
             self.end(WRONG, "the first message is JSON with method and arguments")
 
     async def _begin(self, wanted: dict[str, Any]) -> None:
-        handle = await self.app.link.ask(lambda client: client.model(self.name))
+        handle = await self.app.link.ask(lambda client: client.model(self.model))
         method = handle.method(str(wanted["method"]))
         self.parameter = frames.image_parameter(handle.spec, method.info)
         self.arguments = dict(wanted.get("arguments") or {})

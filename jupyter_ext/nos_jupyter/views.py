@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -74,6 +75,20 @@ class Message:
 
     def _repr_mimebundle_(self, **_: object) -> MimeBundle:
         return {"text/plain": self.text, "text/html": f"<span>{escape(self.text)}</span>"}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The address of a page."""
+
+    url: str
+
+    def _repr_mimebundle_(self, **_: object) -> MimeBundle:
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            return Message(self.url)._repr_mimebundle_()
+        url = escape(self.url, quote=True)
+        html = f'<a href="{url}" target="_blank" rel="noopener noreferrer">{url}</a>'
+        return {"text/plain": self.url, "text/html": html}
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,9 +85,9 @@ class Lab:
             )
         )
 
-    def start(self, server: Jupyter, name: str, cells: list[str]) -> None:
-        """Open a fresh notebook of these cells and run them all."""
-        write_notebook(server, name, cells)
+    def start(self, server: Jupyter, name: str, cells: list[str], *later: str) -> None:
+        """Open a fresh notebook of these cells and run them, but not those that come later."""
+        write_notebook(server, name, [*cells, *later])
         self.open(server, name)
         for _ in cells:
             self.run_next()
@@ -136,7 +136,7 @@ def browser(folder: Path) -> Iterator[Browser]:
             executable_path=shutil.which("chromium"),
             headless=True,
             args=ARGUMENTS,
-            viewport={"width": 1100, "height": 900},
+            viewport={"width": 1100, "height": 1300},
         )
         context.set_default_timeout(60_000)
         try:

@@ -128,7 +128,7 @@ NOTEBOOK = [
     "%nos stop",
     "import sys\nassert 'torch' not in sys.modules",
 ]
-WRONG = "%nos bogus"
+WRONG = "%nos wxyz"
 
 
 @pytest.mark.accept("G1")
@@ -145,7 +145,7 @@ def test_a_notebook_starts_uses_and_stops_a_backend(tmp_path: Path) -> None:
     assert "ready" in said["%nos status"]
     assert "nos/digits" in said["%nos models"]
     (wrong,) = cells[-1].outputs
-    assert wrong.text.strip() == "UsageError: no command 'bogus'; %nos help lists the commands"
+    assert wrong.text.strip() == "UsageError: no command 'wxyz'; %nos help lists the commands"
     assert not list((tmp_path / "nos").rglob("backend.json"))
 
 
@@ -213,7 +213,7 @@ def test_completion_never_waits_for_a_backend_that_is_not_there(lonely: Kernel) 
 @pytest.mark.accept("G1")
 def test_models_and_commands_complete(kernel: Kernel) -> None:
     wait_for(lambda: kernel.complete("%nos load nos/di") == ["nos/digits"], "the name is offered")
-    assert kernel.complete("%nos sta") == ["start", "status"]
+    assert kernel.complete("%nos con") == ["connect"]
 
 
 def test_results_are_objects_with_html_and_text(kernel: Kernel) -> None:
@@ -314,3 +314,44 @@ def test_a_load_that_takes_time_says_so_in_one_line_that_is_updated(kernel: Kern
     assert len(updates) > 3
     assert updates[0].startswith("loading fake/slow-load ... ")
     assert updates[-1].startswith("loading fake/slow-load done ")
+
+
+@pytest.mark.accept("G1")
+def test_items_are_mapped_and_what_a_model_prints_and_did_is_shown(kernel: Kernel) -> None:
+    kernel.good(
+        "%%nos model me/printer\nclass Printer:\n    def __call__(self, x: int) -> int:\n"
+        "        print('saw', x)\n        return x + 1"
+    )
+    mapped = kernel.good("%nos map me/printer {[1, 2, 3]} -o numbers")
+    assert "3 results" in mapped.text
+    assert "text/html" in mapped.bundle
+    assert kernel.good("numbers").text == "[2, 3, 4]"
+    wait_for(lambda: "saw 3" in kernel.good("%nos logs me/printer").text, "the line is kept")
+    assert "me/printer" in kernel.good("%nos stats").text
+    assert "me/printer" in kernel.good("%nos scale me/printer 1").text
+    kernel.good("%nos unregister me/printer")
+    assert "me/printer" not in kernel.good("%nos models me/").text
+
+
+@pytest.mark.parametrize("line", ["%nos browse", "%nos register", "%nos panel nos/digits"])
+def test_widgets_have_a_form_for_saved_notebooks(kernel: Kernel, line: str) -> None:
+    assert {"text/plain", "text/html"} <= set(kernel.good(line).bundle)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("%nos panel nos/none", "nos/none"),
+        ("%nos stream nos/digits", "takes no image"),
+        ("%nos stream nos/edges --source text", "expects images"),
+        ("%nos map nos/digits text", "expects a list"),
+    ],
+)
+def test_a_widget_that_cannot_be_is_refused_in_one_line(
+    kernel: Kernel, line: str, says: str
+) -> None:
+    outcome = kernel.run(line)
+    told = (outcome.stderr or "".join(outcome.error)).strip()
+    assert not outcome.ok
+    assert says in told
+    assert "\n" not in told

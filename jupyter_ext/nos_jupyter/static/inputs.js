@@ -307,6 +307,8 @@ class ImageInput {
     this.canvas.hidden = true;
     this.wrong = make("div", "nos-wrong");
     this.wrong.setAttribute("role", "alert");
+    this.said = make("div", "nos-faint nos-hint");
+    this.said.setAttribute("role", "status");
     const picker = make("input", "nos-hidden");
     picker.type = "file";
     picker.accept = "image/*";
@@ -322,7 +324,7 @@ class ImageInput {
       button("Clear", `Clear ${parameter.name}`, () => this.#clear()),
       picker,
     );
-    this.root.append(make("span", "nos-label-text", parameter.name), bar, this.zone, this.wrong);
+    this.root.append(make("span", "nos-label-text", parameter.name), bar, this.zone, this.wrong, this.said);
     this.zone.addEventListener("dragover", (/** @type {DragEvent} */ event) => event.preventDefault());
     this.zone.addEventListener("drop", (/** @type {DragEvent} */ event) => {
       event.preventDefault();
@@ -342,7 +344,7 @@ class ImageInput {
   /** @param {File} file */
   async #open(file) {
     this.#stopCamera();
-    this.wrong.textContent = "";
+    this.wrong.textContent = this.said.textContent = "";
     let bitmap;
     try {
       bitmap = await createImageBitmap(file);
@@ -357,7 +359,7 @@ class ImageInput {
     const fits = scale === 1 && file.size <= AS_IT_IS_BYTES && ["image/jpeg", "image/png"].includes(file.type);
     this.file = fits ? file : null;
     if (!fits && file.size > AS_IT_IS_BYTES)
-      this.wrong.textContent = `${file.name} has ${formatBytes(file.size)}: sent as JPEG, ${this.canvas.width} x ${this.canvas.height}`;
+      this.said.textContent = `${file.name} has ${formatBytes(file.size)}: sent as JPEG, ${this.canvas.width} x ${this.canvas.height}`;
     this.pad.isOn = false;
     this.#fill();
     this.changed();
@@ -374,7 +376,6 @@ class ImageInput {
   }
 
   #fill() {
-    this.wrong.hidden = false;
     this.canvas.hidden = false;
     this.note.hidden = true;
     this.isEmpty = false;
@@ -386,7 +387,7 @@ class ImageInput {
     this.note.hidden = false;
     this.isEmpty = true;
     this.file = null;
-    this.wrong.textContent = "";
+    this.wrong.textContent = this.said.textContent = "";
     this.picker.value = "";
   }
 

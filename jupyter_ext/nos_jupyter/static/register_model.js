@@ -25,6 +25,8 @@ class View {
     this.device = make("select", "nos-field");
     this.wrong = make("div", "nos-wrong");
     this.wrong.setAttribute("role", "status");
+    this.done = make("span", "nos-faint");
+    this.done.setAttribute("role", "status");
     this.submit = button("Register", "Register the model", () => this.#register());
     this.submit.classList.add("nos-primary");
     this.submit.disabled = true;
@@ -38,7 +40,7 @@ class View {
     const bar = make("div", "nos-toolbar");
     bar.append(make("span", "nos-title", "Register a model"));
     const foot = make("div", "nos-bar");
-    foot.append(this.submit, this.wrong);
+    foot.append(this.submit, this.wrong, this.done);
     const same = make("details", "nos-details");
     same.append(suppressShortcuts(make("summary", "", "the cell that does the same")), this.cell);
     this.root.append(bar, fields, labelled("code", this.code), foot, this.failure, same, this.calls.root, this.state.line);
@@ -79,6 +81,7 @@ class View {
   #register() {
     this.registering = this.post.name();
     this.submit.disabled = true;
+    this.done.textContent = "";
     this.failure.replaceChildren();
     const { classes, device } = this;
     this.post.send({ type: "register", id: this.registering, name: this.name.value.trim(), source: this.code.value, class_name: classes.value, device: device.value });
@@ -103,7 +106,7 @@ class View {
       this.#write();
     } else if (message.type === "registered" && message.id === this.registering) {
       this.submit.disabled = false;
-      this.wrong.textContent = `registered ${message.model.name} v${message.model.version}`;
+      this.done.textContent = `registered ${message.model.name} v${message.model.version}`;
       this.calls.root.hidden = false;
       this.calls.show(message.model);
     } else if (message.type === "unregistered" && message.id === this.registering) {

@@ -6,5 +6,6 @@ from nos_jupyter.widgets.inference_panel import InferencePanel
 from nos_jupyter.widgets.memory_profile import MemoryProfile
 from nos_jupyter.widgets.model_browser import ModelBrowser
 from nos_jupyter.widgets.register_model import RegisterModel
+from nos_jupyter.widgets.stream_player import StreamPlayer
 
-__all__ = ["InferencePanel", "MemoryProfile", "ModelBrowser", "RegisterModel"]
+__all__ = ["InferencePanel", "MemoryProfile", "ModelBrowser", "RegisterModel", "StreamPlayer"]

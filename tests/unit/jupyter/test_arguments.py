@@ -61,8 +61,8 @@ def test_a_named_value_needs_one_name(pairs: list[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("statsu", "did you mean %nos status?"),
-        ("bogus", "%nos help lists the commands"),
+        ("modles", "did you mean %nos models?"),
+        ("wxyz", "%nos help lists the commands"),
         ("load", "required: MODEL. Usage: %nos load [-h] MODEL"),
         ("run m --timeout soon", "invalid float value: 'soon'"),
         ("status --loud", "no such option: --loud. Usage: %nos status [-h]"),

@@ -27,7 +27,7 @@ def offers(text: str, *, line: int = 0) -> tuple[list[str], bool]:
 @pytest.mark.parametrize(
     ("text", "offered"),
     [
-        ("%nos sta", ["status", "start"]),
+        ("%nos con", ["connect"]),
         ("%nos load nos/", ["nos/digits", "nos/echo"]),
         ("%nos info me/net-", ["me/net-2"]),
         ("x = 1\n%nos run nos/d", ["nos/digits"]),

@@ -1,0 +1,197 @@
+"""Live frames through a model: of the page's camera or a video file, or of the notebook."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import nos
+from nos.errors import NosError
+from nos.types import Media
+
+from nos_jupyter import frames, page
+from nos_jupyter.following import Follower, start_thread
+from nos_jupyter.rendering import describe
+from nos_jupyter.views import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from nos import Event, Result, Stream
+
+#: Frames of the notebook that pages may be behind.
+WINDOW = 16
+#: How long a page that says nothing holds them up: on ipykernel 6 a cell that runs stops all that it says.
+_SILENCE_S = 1.0
+_STATUS_S = 2.0
+
+
+class StreamPlayer(anywidget.AnyWidget):
+    """Plays frames through a model and shows what comes out, with frames per second, latency and drops.
+
+    Frames of the page go over the Jupyter server where its extension uses the same backend, so that a busy
+    kernel does not matter; else through this widget's own messages.
+
+    Args:
+        model: Its name; one of its parameters is an image.
+        frames_of_notebook: Images to play in place of the page's camera: arrays or `nos.Media`.
+        method: Which method.
+        fps: The most frames per second.
+        source: The client to use, which stays the caller's; or a function that connects.
+    """
+
+    _esm = page.script("page", "camera", "results", "stream_player")
+    _css = page.style("page", "calls", "stream_player")
+
+    def __init__(
+        self,
+        model: str,
+        frames_of_notebook: Iterable[Any] | None = None,
+        *,
+        method: str = "__call__",
+        fps: float = 30.0,
+        source: nos.Client | Callable[[], nos.Client] = nos.connect,
+    ) -> None:
+        super().__init__()
+        self._model = model
+        self._method = method
+        self._frames = frames_of_notebook
+        self._fps = fps
+        self._changed = threading.Condition()
+        #: The stream of the page that plays; None while none does.
+        self._stream: Stream | None = None
+        #: Where the frames go, and the page's number of each that is under way.
+        self._parameter = ""
+        self._numbers: dict[int, Any] = {}
+        #: Of frames of the notebook: how many the page said that it drew.
+        self._num_drawn = 0
+        self.on_msg(self._on_message)
+        self._follower: Follower[Event] = Follower(
+            source,
+            lambda client: client.events(status_interval_s=_STATUS_S),
+            lambda _: None,
+            self._tell,
+        )
+
+    def close(self) -> None:
+        """Stop playing and take the widget off the page."""
+        self._end()
+        self._follower.close()
+        super().close()
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        self.send(message)
+        if message["name"] == "live":
+            self._introduce()
+
+    def _introduce(self) -> None:
+        """Tell pages what they play, and at which backend."""
+        try:
+            address = self._follower.client().address
+        except NosError:
+            return
+        self.send(
+            {
+                "type": "player",
+                "model": self._model,
+                "method": self._method,
+                "source": "page" if self._frames is None else "kernel",
+                "address": address,
+                "fps": self._fps,
+            }
+        )
+
+    def _on_message(
+        self, _: object, content: dict[str, Any], buffers: Sequence[memoryview]
+    ) -> None:
+        kind = content.get("type")
+        if kind == "frame":
+            self._take_frame(content, bytes(buffers[0]))
+        elif kind == "begin":
+            start_thread(self._begin, name="nos-play")
+        elif kind == "end":
+            self._end()
+        elif kind == "ack":
+            with self._changed:
+                self._num_drawn = max(self._num_drawn, int(content["seq"]))
+                self._changed.notify_all()
+        elif kind in ("hello", "alive"):
+            self._follower.on_page(kind)
+
+    def _begin(self) -> None:
+        try:
+            handle = self._follower.client().model(self._model)
+            method = handle.method(self._method)
+            parameter = frames.image_parameter(handle.spec, method.info)
+            policy = "latest" if self._frames is None else "block"
+            stream = method.stream(policy=policy, ordered=False)
+        except NosError as error:
+            self.send({"type": "ended", **describe(error)})
+            return
+        with self._changed:
+            self._parameter, self._stream = parameter, stream
+            self._num_drawn = 0
+        if self._frames is not None:
+            start_thread(self._play, stream, self._frames, name="nos-frames")
+        try:
+            for result in stream:
+                self._show(result)
+        except NosError as error:
+            self.send({"type": "ended", **describe(error)})
+        else:
+            self.send({"type": "ended"})
+        finally:
+            stream.close()
+
+    def _show(self, result: Result) -> None:
+        with self._changed:
+            seq = self._numbers.pop(result.seq, result.seq)
+        header, payload = frames.answer(result, seq)
+        self.send({"type": "frame", **header}, [payload])
+
+    def _take_frame(self, header: dict[str, Any], payload: bytes) -> None:
+        """Send a frame of the page; one that is no image fails alone."""
+        with self._changed:
+            stream = self._stream
+        if stream is None:
+            return
+        try:
+            number = stream.send(**{self._parameter: Media.from_bytes(payload)})
+        except NosError as error:
+            failed, _ = frames.failure(error, header.get("seq"))
+            self.send({"type": "frame", **failed}, [b""])
+            return
+        with self._changed:
+            self._numbers[number] = header.get("seq")
+
+    def _play(self, stream: Stream, images: Iterable[Any]) -> None:
+        """Send the frames of the notebook, no faster than pages draw them."""
+        try:
+            for number, image in enumerate(images, 1):
+                if not self._is_wanted(stream, number):
+                    return
+                time.sleep(1 / self._fps)
+                stream.send(**{self._parameter: image})
+            stream.finish()
+        except NosError as error:
+            self.send({"type": "ended", **describe(error)})
+
+    def _is_wanted(self, stream: Stream, number: int) -> bool:
+        """Wait until pages are near a frame, and say whether the stream still plays."""
+        with self._changed:
+            self._changed.wait_for(lambda: number - self._num_drawn <= WINDOW, _SILENCE_S)
+            return self._stream is stream
+
+    def _end(self) -> None:
+        with self._changed:
+            stream, self._stream = self._stream, None
+            self._numbers.clear()
+        if stream is not None:
+            stream.close()
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
+        still = Message(f"%nos stream {self._model}: live frames while the notebook runs")
+        return {**data, **still._repr_mimebundle_()}, metadata
