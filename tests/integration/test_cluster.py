@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from nos.errors import LoadError, OutOfDeviceMemoryError, UnavailableError
+from nos.errors import InvalidRequestError, LoadError, OutOfDeviceMemoryError, UnavailableError
 from nos.wire.limits import TICKET_KEY
 from nos.wire.v1 import access_pb2, inference_pb2, inference_pb2_grpc, models_pb2, values_pb2
 from nos_backend.cluster.certificates import TlsFiles
@@ -271,6 +271,39 @@ async def test_a_lost_scheduler_is_found_again_with_all_that_was_wanted(cluster,
     await until(lambda: model_state(link, "test/double@v1"), "loaded")
     await link.load(definition("test/after"))
     await until(lambda: seen(events, "loaded", "test/after@v1"), True)
+
+
+@pytest.mark.accept("E3", "E9")
+@pytest.mark.asyncio
+async def test_dask_scales_as_the_models_need_and_closes_no_worker_that_serves(link):
+    scheduler = link._client.scheduler
+    assert await scheduler.adaptive_target() == 0
+    assert len(await scheduler.workers_to_close(n=2)) == 2
+    await link.scale(definition(), 2, 2)
+    await until(lambda: num_serving(link), 2)
+    assert await scheduler.adaptive_target() == 2
+    assert list(await scheduler.workers_to_close(n=2)) == []
+    await link.scale(definition(), 1, 1)
+    await until(lambda: num_serving(link), 1)
+    assert await scheduler.adaptive_target() == 1
+    assert len(await scheduler.workers_to_close(n=2)) == 1
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_retires_hands_its_model_over_and_ends(cluster, link):
+    [before] = await link.load(definition())
+    await link.retire([before.worker])
+    await until(lambda: num_workers(link), 1)
+    [after] = await link.load(definition())
+    assert after.worker != before.worker
+    await asyncio.to_thread(cluster.processes[before.worker].wait, 60)
+    with pytest.raises(InvalidRequestError, match="there is no such worker"):
+        await link.retire(["nobody"])
+
+
+async def num_serving(link: ClusterLink) -> int:
+    replicas = (await link.state())["models"]["test/double@v1"]["replicas"]
+    return list(replicas.values()).count("serving") if "draining" not in replicas.values() else -1
 
 
 async def unavailable(link: ClusterLink) -> bool:

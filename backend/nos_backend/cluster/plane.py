@@ -73,11 +73,16 @@ class ServePlane(SchedulerPlugin):
         self._revoked: list[str] = []
         #: Keeps tasks alive until they end.
         self._tasks: set[asyncio.Task[None]] = set()
-        #: Dask's own idea of how many workers its tasks need.
+        #: Dask's own idea of how many workers its tasks need; None before the start.
         self._stock_target: Any = None
 
     async def start(self, scheduler: Scheduler) -> None:
-        """Add the handlers that the gateway calls, and greet the workers that came before."""
+        """Add the handlers that the gateway calls, and greet the workers that came before.
+
+        Again it does nothing: a scheduler that starts also starts the plugins that a preload started.
+        """
+        if self._stock_target is not None:
+            return
         self._scheduler = scheduler
         scheduler.handlers["nos_keys"] = self.set_keys
         scheduler.handlers["nos_revoke"] = self.revoke
@@ -270,8 +275,7 @@ class ServePlane(SchedulerPlugin):
 
     def adaptive_target(self, target_duration: Any = None) -> int:
         """Return how many workers there should be, for Dask's tasks or for the models."""
-        stock = self._stock_target(target_duration) if self._stock_target else 0
-        return max(int(stock), self._num_wanted_workers())
+        return max(int(self._stock_target(target_duration)), self._num_wanted_workers())
 
     # Events of the scheduler: synchronous, short, and never raising.
 
