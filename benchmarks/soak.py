@@ -41,11 +41,13 @@ CAPACITY = "100MiB"
 #: An executor is killed at most once in so long: three crashes of a model within 60 s quarantine it.
 KILL_S = 31.0
 LINE_S = 60.0
+#: Load before what is held is looked at first: allocators and caches fill.
+WARM_UP_S = 20.0
 SETTLE_S = 60.0
 #: How much more may be held at the end than at the beginning.
 GROWTH = 0.05
-GROWTH_BYTES = 64 << 20
-GROWTH_FDS = 16
+GROWTH_BYTES = 160 << 20  # an executor more or less, which a profile may have at the moment
+GROWTH_FDS = 32
 GROWTH_THREADS = 8
 #: What faults explain; anything else is a defect.
 EXPLAINED = (ExecutorLostError, OutOfDeviceMemoryError, OverloadedError, UnavailableError)
@@ -282,6 +284,10 @@ def soak(client: nos.Client, supervisor: psutil.Process, seconds: float, slack: 
     load = Load(client)
     for name, factor in FACTORS.items():
         client.register(TIGHT.replace("NAME", name).replace("FACTOR", str(factor)))
+    warm_up = Load(client)
+    warm_up.start()
+    time.sleep(min(WARM_UP_S, seconds / 2))
+    warm_up.stop()
     before = settled(load, supervisor, lambda _: True)
     killer = Killer(supervisor, load.faults)
     end_s, next_line_s = time.monotonic() + seconds, time.monotonic() + LINE_S
@@ -304,7 +310,7 @@ def soak(client: nos.Client, supervisor: psutil.Process, seconds: float, slack: 
     missing = [
         f"no {name} injected" for name in ("kills", "out of memory") if not load.faults[name]
     ]
-    return [*load.defects, *grown(before, after, slack), *missing]
+    return [*warm_up.defects, *load.defects, *grown(before, after, slack), *missing]
 
 
 def main() -> None:
