@@ -604,8 +604,9 @@ class DeviceQueue:
     def _leave(self, request: Request) -> Lane:
         """A request waits no more; return its lane."""
         lane = self._lanes.leave(request)
-        if not self._lanes.of(request.model):
-            self._models[request.model].gathering_s = None
+        model = self._models[request.model]
+        if model.gathering_s is not None and not self._lanes.of(request.model):
+            model.gathering_s = None
         return lane
 
     def _clear(self, executor: str, found: _Executor) -> list[int]:
