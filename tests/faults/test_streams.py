@@ -88,15 +88,10 @@ def find(server, *words):
 def holder(server, model):
     """Return the process id of the worker that has the model on its device."""
     with connect(server) as client:
-        executor = client.model(model).pid()
-    for pid in both_workers(server):
-        if any(process.pid == executor for process in find(server) if pid in ancestors(process)):
-            return pid
-    raise AssertionError(f"no worker has {model}")
-
-
-def ancestors(process):
-    return {parent.pid for parent in process.parents()}
+        executor = psutil.Process(client.model(model).pid())
+    ancestors = {process.pid for process in executor.parents()}
+    (pid,) = ancestors & set(both_workers(server))
+    return pid
 
 
 @pytest.mark.accept("D7", "A6")
@@ -153,6 +148,20 @@ def is_reachable(server):
     except NosError:
         return False
     return True
+
+
+@pytest.mark.accept("D7", "A6")
+def test_a_worker_that_is_asked_to_end_loses_no_frame(server):
+    both_workers(server)
+    pid = holder(server, "fake/slow")
+    with (
+        traffic(server, "local", num_streams=2) as near,
+        traffic(server, "relay", num_streams=2) as far,
+    ):
+        psutil.Process(pid).parent().send_signal(signal.SIGTERM)
+        wait_for(lambda: not psutil.pid_exists(pid), "the worker has ended", 60)
+        flows([*near, *far])
+    assert [sender.check(num_faults=0) for sender in (*near, *far)] == [0] * 4
 
 
 @pytest.mark.accept("A6", "D3")
@@ -249,7 +258,7 @@ def unread_stream(server, via, method, arguments, num_frames):
     """Send frames to `nos/echo` over a bare stream, and read nothing but the welcome."""
     with connect(server, via) as client:
         client._engine.wait(_control.load("nos/echo"))
-        duplex = client._engine._find_route("nos/echo", None).open()
+        duplex = client._engine._find_route("nos/echo", None, "").open()
         session = Session(duplex.pack)
         duplex.put(duplex.wrap(session.hello("test")))
         messages = duplex.messages()
