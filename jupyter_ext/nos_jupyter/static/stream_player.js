@@ -16,6 +16,7 @@ const MAX_IN_FLIGHT = 4;
 const ACK_EVERY = 8;
 const KEPT = 60;
 const SAY_MS = 500;
+const GIVE_UP_MS = 3000;
 
 /** Where the Jupyter server is; null on a page that is not its own. */
 function server() {
@@ -188,12 +189,22 @@ class View {
       const now = performance.now();
       if (now >= due - 4) {
         due = Math.max(due + interval, now - interval);
+        this.#forget(now);
         if (this.sent.size >= MAX_IN_FLIGHT) this.num_dropped++;
         else await this.#send(video);
       }
       if (this.video === video) setTimeout(step, Math.max(0, due - performance.now()));
     };
     step();
+  }
+
+  /** Gives up on frames without an answer, so that none holds up those that follow. @param {number} now */
+  #forget(now) {
+    for (const [seq, began] of this.sent) {
+      if (now - began < GIVE_UP_MS) return;
+      this.sent.delete(seq);
+      this.num_dropped++;
+    }
   }
 
   /** @param {HTMLVideoElement} video */

@@ -1,0 +1,71 @@
+"""Live frames of the fake camera through a model, in a real JupyterLab."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.accept import Accept
+from tests.browser.lab import Jupyter
+from tests.browser.page import Lab
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
+
+LOAD = "%load_ext nos"
+PLAYER = ".nos-player"
+#: The page's own server does not answer: the widget's messages are the way that is left.
+WITHOUT_EXTENSION = """() => {
+  const fetch = window.fetch;
+  window.fetch = (url, ...rest) =>
+    String(url).includes('/nos/api/') ? Promise.reject(new Error('none')) : fetch(url, ...rest);
+}"""
+
+
+def number(opened: Lab, name: str) -> float:
+    return float(opened.page.locator(PLAYER).get_attribute(f"data-{name}") or 0)
+
+
+def wait_shown(opened: Lab, count: int) -> None:
+    opened.page.wait_for_function(
+        f"() => Number(document.querySelector('{PLAYER}').dataset.shown) >= {count}"
+    )
+
+
+@pytest.mark.accept("G2")
+def test_frames_of_the_camera_go_through_the_server(
+    jupyter_lab: Jupyter, opened: Lab, accept: Accept
+) -> None:
+    opened.start(jupyter_lab, "camera.ipynb", [LOAD, "%nos stream nos/edges"])
+    page = opened.page
+    page.get_by_role("button", name="Play the camera").click()
+    wait_shown(opened, 30)
+    assert page.locator(PLAYER).get_attribute("data-road") == "server"
+    # 25 per second where nothing else runs; a busy machine still shows pictures.
+    accept.figure(number(opened, "fps"), 25.0, "fps", at_least=True)
+    opened.shoot(PLAYER, "stream-player")
+    page.get_by_role("button", name="Stop playing").click()
+    expect(page.locator(PLAYER)).to_have_attribute("data-playing", "false")
+
+
+@pytest.mark.accept("G2")
+def test_without_the_extension_frames_go_through_the_kernel_and_so_do_those_of_the_notebook(
+    jupyter_lab: Jupyter, opened: Lab, accept: Accept
+) -> None:
+    images = (
+        "import numpy as np\nimages = [np.full((48, 64, 3), n % 250, np.uint8) for n in range(40)]"
+    )
+    cells = [LOAD, images, "%nos stream nos/edges", "%nos stream nos/edges --source $images"]
+    opened.start(jupyter_lab, "kernel.ipynb", cells)
+    page = opened.page
+    page.evaluate(WITHOUT_EXTENSION)
+    page.get_by_role("button", name="Play the camera").click()
+    wait_shown(opened, 40)
+    assert page.locator(PLAYER).first.get_attribute("data-road") == "kernel"
+    accept.figure(
+        float(page.locator(PLAYER).first.get_attribute("data-fps") or 0), 15, "fps", at_least=True
+    )
+    page.get_by_role("button", name="Stop playing").first.click()
+    second = page.locator(PLAYER).nth(1)
+    second.get_by_role("button", name="Play the frames of the notebook").click()
+    expect(second).to_have_attribute("data-shown", "40", timeout=60_000)
+    expect(second).to_have_attribute("data-playing", "false", timeout=60_000)
