@@ -702,6 +702,10 @@ class Executor(asyncio.Protocol):
         if not data:
             self._loop.remove_reader(self._log_fd)
 
+    def mute(self) -> None:
+        """Count what is printed from now on as no model's."""
+        self._on_line = _no_line
+
     def _let_speak(self, key: str) -> None:
         """What is printed from now on is of this model."""
         if key != self._speaker:

@@ -114,6 +114,7 @@ class Loader:
                 tuple(definition.environment),
             )
             self._scratches.add(scratch)
+            scratch.mute()
             try:
                 await scratch.construct(definition, LOAD_TIMEOUT_S)
                 if call is not None:
