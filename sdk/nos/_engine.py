@@ -352,7 +352,7 @@ class Engine:
                     )
         if self._via != "local":
             for endpoint in endpoints:
-                if endpoint.host_id != host_id() and is_loopback(endpoint.address):
+                if endpoint.host_id not in {"", host_id()} and is_loopback(endpoint.address):
                     continue  # it is the worker's own, and here it would be somebody else
                 yield Route(
                     transport=self._transport(endpoint.address, answer.ca_certificate),
