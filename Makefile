@@ -15,7 +15,7 @@ WEIGHTS := build/weights
 ROWS ?=
 SOAK_S ?= 1200
 
-.PHONY: help demo test lint format types proto bench accept soak gpu-check clean
+.PHONY: help demo test long lint format types proto bench accept soak gpu-check clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -47,6 +47,9 @@ demo: $(ENVIRONMENT) $(WEIGHTS) ## Start a server, run three models on real inpu
 
 test: $(ENVIRONMENT) ## Run all tests (ARGS="tests/unit -k wire" for some of them)
 	@$(PY) -m pytest $(ARGS)
+
+long: $(ENVIRONMENT) ## Run the tests that `make test` leaves out for their time
+	@$(PY) -m pytest --long -m long $(ARGS)
 
 lint: $(ENVIRONMENT) $(PROTO_ENVIRONMENT) ## Check style, layers, protocol and generated code
 	@.venv/bin/ruff check --quiet .

@@ -23,10 +23,18 @@ settings.register_profile(
 settings.load_profile("nos")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests that wait for minutes, too")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run a failed test of real processes once more; the summary names each (RERUN)."""
+    """Leave out what is long; run a failed test of real processes once more, and name it (RERUN)."""
     if config.getoption("--accept") is not None:
         return
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     for item in items:
         if item.path.relative_to(_HERE).parts[0] in _OF_PROCESSES:
             item.add_marker(pytest.mark.flaky(reruns=1))

@@ -178,6 +178,7 @@ def test_a_form_registers_code_and_an_image_comes_from_camera_or_file(
 
 
 @pytest.mark.accept("G2")
+@pytest.mark.long
 def test_a_backend_that_dies_is_said_and_found_again(
     jupyter_lab: Jupyter, opened: Lab, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_streams_go_on_after_the_scheduler_was_killed(server, control, accept):
 
 
 @pytest.mark.accept("E4", "A6")
+@pytest.mark.long
 def test_a_stopped_worker_is_found_and_its_model_served_elsewhere(server, control, accept):
     control.load(MODEL)
     [name] = replicas(control)
@@ -193,6 +194,7 @@ class Chaos:
 
 
 @pytest.mark.accept("A6", "E2", "E4", "E5")
+@pytest.mark.long
 def test_chaos(server, control):
     """Set CHAOS_S for longer than the one round of each that it has by default."""
     seed = int(os.environ.get("CHAOS_SEED", "1"))

@@ -187,12 +187,12 @@ FAULTS = [
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace injects the faults")
 @pytest.mark.parametrize(("call", "error", "more"), FAULTS)
 def test_what_was_acknowledged_is_readable_whichever_write_failed(
-    tmp_path: Path, call: str, error: str, more: str
+    tmp_path: Path, accept: Accept, call: str, error: str, more: str
 ) -> None:
     seed = seeded(tmp_path / "seed", 2)
     num_injected = 0
     outcomes: collections.Counter[str] = collections.Counter()
-    for number in range(1, 100):
+    for number in range(1, 100, 1 if accept.strict else 3):
         folder = shutil.copytree(seed, tmp_path / f"state-{number}")
         said, count = injected(folder, call, error, f"{number}{more}")
         words = [line.split() for line in said]

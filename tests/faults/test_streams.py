@@ -95,7 +95,7 @@ def holder(server, model):
 
 
 @pytest.mark.accept("D7", "A6")
-@pytest.mark.parametrize("via", ["local", "direct", "relay"])
+@pytest.mark.parametrize("via", ["local", pytest.param("direct", marks=pytest.mark.long), "relay"])
 def test_streams_continue_on_another_worker_when_theirs_is_killed(server, via):
     both_workers(server)
     pid = holder(server, "fake/slow")
@@ -109,7 +109,7 @@ def test_streams_continue_on_another_worker_when_theirs_is_killed(server, via):
 
 
 @pytest.mark.accept("D7", "A6")
-@pytest.mark.parametrize("via", ["local", "relay"])
+@pytest.mark.parametrize("via", ["local", pytest.param("relay", marks=pytest.mark.long)])
 def test_streams_continue_when_executors_are_killed(server, via):
     model = f"fake/slow{'-alone' if via == 'local' else ''}"
     killed = set()
@@ -125,7 +125,7 @@ def test_streams_continue_when_executors_are_killed(server, via):
 
 
 @pytest.mark.accept("D7", "A6")
-@pytest.mark.parametrize("via", ["local", "relay"])
+@pytest.mark.parametrize("via", [pytest.param("local", marks=pytest.mark.long), "relay"])
 def test_streams_continue_when_the_gateway_is_restarted(server, via, accept):
     with traffic(server, via) as senders:
         (gateway,) = find(server, "nos_backend.app")
@@ -225,6 +225,7 @@ class Client:
 
 
 @pytest.mark.accept("D2", "A6")
+@pytest.mark.long
 def test_stuck_clients_are_cut_and_others_are_served(server, accept):
     """Two that never read and three that are stopped."""
     item = np.zeros(4 << 20, np.uint8)
@@ -333,6 +334,7 @@ class Link:
 
 
 @pytest.mark.accept("D7", "A6")
+@pytest.mark.long
 def test_a_link_that_swallows_everything_is_noticed_by_both_ends(server, accept):
     with traffic(server, "auto", num_streams=1) as senders, contextlib.ExitStack() as stack:
         link = Link(stack, server)

@@ -55,7 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running.stop()
 
 
-@pytest.fixture(params=["auto", "relay"])
+@pytest.fixture(params=["auto", pytest.param("relay", marks=pytest.mark.long)])
 def client(server: Server, request: pytest.FixtureRequest) -> Iterator[nos.Client]:
     token_file = str(server.token_file)
     with nos.connect(server.address, token_file=token_file, via=request.param) as connected:
