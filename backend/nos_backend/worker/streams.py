@@ -61,6 +61,8 @@ _EXPIRY_GRACE_S: Final = 1.0
 #: each of at most so many bytes.
 _MAX_FORMS: Final = 32
 _MAX_FORM_BYTES: Final = 512
+#: The write under way may take so long when a stream is cut.
+_LAST_WRITE_S: Final = 1.0
 #: Frames over the window still get their error each; beyond this many nothing more is read.
 _CLOGGED_FRAMES: Final = 4 * WINDOW_FRAMES
 
@@ -191,6 +193,9 @@ class Stream:
         finally:
             self._close()
             reader.cancel()
+            if self._is_writing:
+                # Cancelled in the middle of a write, gRPC never tells the client how the call ended.
+                await asyncio.wait({writer}, timeout=_LAST_WRITE_S)
             writer.cancel()
             _logger.info("stream %s closes after %d frames", self._id, self._num_ended)
 
@@ -449,7 +454,7 @@ class Stream:
 
     async def _write(self, pipe: Pipe) -> None:
         try:
-            while True:
+            while not self._is_closed:
                 self._is_writing = True
                 if self._control:
                     message = self._control.popleft()
