@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from nos.errors import ConfigError
+from nos.wire.host import is_loopback
 from nos.wire.local import OWN_NAME, TLS_SCHEME
 
 if TYPE_CHECKING:
@@ -68,16 +68,6 @@ def public_tls(settings: Settings) -> PublicTls | None:
             "the certificate cannot be used", "tls_cert", "PEM files", f"{cert}, {key}: {error}"
         ) from error
     return PublicTls(cert=cert, key=key, fingerprint=fingerprint, name=name)
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach a server that listens there."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def reachable(address: str) -> str:

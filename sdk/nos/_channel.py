@@ -277,12 +277,6 @@ def check_listening(address: str) -> None:
         raise nobody_listens(address) from None
 
 
-def is_loopback(address: str) -> bool:
-    """Tell whether an address means the machine that uses it."""
-    host = address.rpartition(":")[0].strip("[]")
-    return host in {"localhost", "::1"} or host.startswith("127.")
-
-
 def split_address(address: str) -> tuple[str, int]:
     """Return host and port of `host:port`, where the host may be an IPv6 address in brackets.
 

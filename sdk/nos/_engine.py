@@ -11,11 +11,11 @@ from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from nos import _control, _fork
-from nos._channel import Metadata, Transport, is_loopback, open_transport
+from nos._channel import Metadata, Transport, open_transport
 from nos._link import Call, Flow, Link, Route
 from nos._replicas import Replicas
 from nos.errors import InternalError, NosError, StreamClosedError, UnavailableError
-from nos.wire.host import host_id
+from nos.wire.host import host_id, is_loopback
 from nos.wire.limits import MODEL_KEY, TICKET_KEY, TOKEN_KEY, WORKER_KEY
 
 if TYPE_CHECKING:
@@ -335,14 +335,14 @@ class Engine:
         endpoints: list[cluster_pb2.Endpoint],
     ) -> Iterator[Route]:
         """Yield the ways to the workers, the fastest first."""
-        spec = answer.spec
+        spec, here = answer.spec, host_id()
         metadata: Metadata = (
             (MODEL_KEY, f"{spec.name}@v{spec.version}" if spec.name else key),
             (TICKET_KEY, answer.ticket),
         )
         if self._via != "direct":
             for endpoint in endpoints:
-                if endpoint.unix_socket and endpoint.host_id == host_id():
+                if endpoint.unix_socket and endpoint.host_id == here:
                     yield Route(
                         transport=None,
                         metadata=metadata,
@@ -352,7 +352,8 @@ class Engine:
                     )
         if self._via != "local":
             for endpoint in endpoints:
-                if endpoint.host_id not in {"", host_id()} and is_loopback(endpoint.address):
+                is_elsewhere = endpoint.host_id not in {"", here}
+                if is_elsewhere and is_loopback(endpoint.address.rpartition(":")[0].strip("[]")):
                     continue  # it is the worker's own, and here it would be somebody else
                 yield Route(
                     transport=self._transport(endpoint.address, answer.ca_certificate),

@@ -1,8 +1,9 @@
-"""Whether client and worker share a host."""
+"""Whether client and worker share a host, and which addresses never leave it."""
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import sys
 from pathlib import Path
 from typing import Final
@@ -19,3 +20,13 @@ def host_id() -> str:
     except OSError:
         return ""
     return hashlib.sha256(b"nos" + boot.strip()).hexdigest()[:32]
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a name or address, without brackets, always means the machine that uses it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
