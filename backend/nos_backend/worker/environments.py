@@ -185,19 +185,18 @@ class Environments:
         options = self._options
         give_up_s = time.monotonic() + options.build_timeout_s
         while True:
+            code = None
             try:
                 left_s = max(give_up_s - time.monotonic(), 0.0)
                 async with asyncio.timeout(min(left_s, _MEASURE_EVERY_S)):
                     code = await process.wait()
-                break
             except TimeoutError:
                 if time.monotonic() >= give_up_s:
                     return f"it took longer than {options.build_timeout_s:g} s"
             if await asyncio.to_thread(size_bytes, folder) > options.max_bytes:
                 return f"it takes more than {options.max_bytes} bytes"
-        if await asyncio.to_thread(size_bytes, folder) > options.max_bytes:
-            return f"it takes more than {options.max_bytes} bytes"
-        return f"exit code {code}" if code else ""
+            if code is not None:
+                return f"exit code {code}" if code else ""
 
     def _base_folder(self) -> Path:
         """Return the folder that has what an executor imports of the server, and nothing else."""
