@@ -7,6 +7,8 @@ import threading
 import nos
 from nos.errors import NosError
 
+from tests.servers import wait_for
+
 #: What each frame asks `fake/slow` to sleep, and what it answers.
 FRAME_S = 0.005
 #: The server's window.
@@ -67,6 +69,18 @@ class Sender:
         assert len(errors) <= num_faults * WINDOW
         assert self.num_results + len(errors) == self.num_sent
         return len(errors)
+
+
+def flows(senders, patience_s=60.0):
+    """Wait until each stream has brought a few results more."""
+    before = [sender.num_results for sender in senders]
+    wait_for(
+        lambda: all(
+            sender.num_results > num + 3 for sender, num in zip(senders, before, strict=True)
+        ),
+        "every stream flows",
+        patience_s,
+    )
 
 
 def main():

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from nos.errors import NosError
 
-from tests.faults.streaming import Sender
+from tests.faults.streaming import Sender, flows
 from tests.servers import FAKE_MODELS, start_server, wait_for
 
 MODEL = "fake/slow"
@@ -69,23 +69,11 @@ def traffic(server, vias):
             client = nos.connect(server.address, token_file=server.token_file, via=via)
             senders.append(Sender(stack.enter_context(client), MODEL))
         try:
-            flows(senders)
+            flows(senders, PATIENCE_S)
             yield senders
         finally:
             for sender in senders:
                 sender.stop()
-
-
-def flows(senders):
-    """Wait until each stream has brought a few results more."""
-    before = [sender.num_results for sender in senders]
-    wait_for(
-        lambda: all(
-            sender.num_results > num + 3 for sender, num in zip(senders, before, strict=True)
-        ),
-        "every stream flows",
-        PATIENCE_S,
-    )
 
 
 def scheduler_of(server):
@@ -105,7 +93,7 @@ def test_streams_go_on_after_the_scheduler_was_killed(server, control, accept):
         scheduler.wait(30)
         # Its workers end with it; streams must not go on for the last frames of those.
         await_workers(control)
-        flows(senders)
+        flows(senders, PATIENCE_S)
         accept.figure(time.monotonic() - killed_s, 10.0, "s until every stream flows again")
     for sender in senders:
         sender.check(num_faults=2)
@@ -129,7 +117,7 @@ def test_a_stopped_worker_is_found_and_its_model_served_elsewhere(server, contro
                 PATIENCE_S,
             )
             accept.figure(time.monotonic() - stopped_s, 15.0, "s until another worker serves")
-            flows(senders)
+            flows(senders, PATIENCE_S)
         finally:
             with contextlib.suppress(ProcessLookupError):  # by now it may have been replaced
                 os.kill(pid, signal.SIGCONT)
@@ -204,10 +192,10 @@ def test_chaos(server, control):
     with traffic(server, ["auto", "auto", "direct", "relay"]) as senders:
         for kind in kinds:
             chaos.strike(kind)
-            flows(senders)
+            flows(senders, PATIENCE_S)
         while time.monotonic() < until_s:
             chaos.strike(chaos.random.choice(kinds[:-1]))
-            flows(senders)
+            flows(senders, PATIENCE_S)
     num_faults = sum(chaos.counts.values())
     num_lost = sum(sender.check(num_faults) for sender in senders)
     num_sent = sum(sender.num_sent for sender in senders)
