@@ -108,6 +108,7 @@ class Worker(_message.Message):
     NUM_STREAMS_FIELD_NUMBER: _builtins.int
     NUM_EXECUTORS_FIELD_NUMBER: _builtins.int
     IS_RETIRING_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, unique in the cluster."""
     address: _builtins.str
@@ -124,6 +125,8 @@ class Worker(_message.Message):
     """Executor processes alive."""
     is_retiring: _builtins.bool
     """Whether it leaves once what it serves is served elsewhere."""
+    note: _builtins.str
+    """Why it is given no models, in words; empty if it is."""
     @_builtins.property
     def device(self) -> Global___Device:
         """Its device."""
@@ -140,10 +143,11 @@ class Worker(_message.Message):
         num_streams: _builtins.int = ...,
         num_executors: _builtins.int = ...,
         is_retiring: _builtins.bool = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "is_retiring", b"is_retiring", "name", b"name", "num_executors", b"num_executors", "num_queued", b"num_queued", "num_running", b"num_running", "num_streams", b"num_streams", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "is_retiring", b"is_retiring", "name", b"name", "note", b"note", "num_executors", b"num_executors", "num_queued", b"num_queued", "num_running", b"num_running", "num_streams", b"num_streams", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,6 +326,7 @@ class Endpoint(_message.Message):
     UNIX_SOCKET_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
     NUM_PENDING_FIELD_NUMBER: _builtins.int
+    IS_ENCRYPTED_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     address: _builtins.str
@@ -334,6 +339,8 @@ class Endpoint(_message.Message):
     """Identifies the worker's host and its boot, so that a client knows whether it is on the same host."""
     num_pending: _builtins.int
     """Calls that waited or ran on the worker when the server last heard of it."""
+    is_encrypted: _builtins.bool
+    """Whether `address` takes TLS only: with a certificate that `ca_certificate` signed for the name `nos-internal`."""
     def __init__(
         self,
         *,
@@ -342,10 +349,11 @@ class Endpoint(_message.Message):
         unix_socket: _builtins.str = ...,
         host_id: _builtins.str = ...,
         num_pending: _builtins.int = ...,
+        is_encrypted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host_id", b"host_id", "num_pending", b"num_pending", "unix_socket", b"unix_socket", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host_id", b"host_id", "is_encrypted", b"is_encrypted", "num_pending", b"num_pending", "unix_socket", b"unix_socket", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,7 +376,7 @@ class ResolveResponse(_message.Message):
     ticket_ttl_s: _builtins.float
     """Seconds until the ticket expires."""
     ca_certificate: _builtins.bytes
-    """PEM of the CA that signed the workers' certificates; empty means no TLS there."""
+    """PEM of the CA that signed the certificates of the workers that encrypt; empty where none does."""
     refresh_s: _builtins.float
     """Seconds after which a client that is in use asks again, to hear of other replicas; 0 means never."""
     @_builtins.property
