@@ -82,6 +82,18 @@ class CommandLine:
         return options
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Read whole numbers between commas.
+
+    Raises:
+        ArgumentTypeError: If they are not; argparse says so.
+    """
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers as 1,4,16, got {text!r}") from None
+
+
 def split(line: str) -> list[str]:
     """Split a line into words as a shell does, but keep `{...}` whole, with the spaces and quotes in it.
 
@@ -234,6 +246,13 @@ def _add_calls(command: Callable[[str, str], CommandParser]) -> None:
     _method(sub)
     sub.add_argument("-o", "--out", metavar="NAME", help="put the results here, also on interrupt")
     sub.add_argument("--timeout", type=float, metavar="SECONDS", help="of each call")
+    sub = _model(command("bench", "latency and calls per second of one call, from this notebook"))
+    sub.add_argument("values", nargs="*", metavar="VALUE", help="text, {expression} or $name")
+    sub.add_argument("-i", "--input", action="append", default=[], metavar="NAME=VALUE")
+    _method(sub)
+    sub.add_argument("-n", "--calls", type=int, default=50, metavar="N", help="default 50")
+    sub.add_argument("--concurrency", type=counts, default=(1, 4, 16), metavar="1,4,16")
+    sub.add_argument("-o", "--out", metavar="NAME", help="also put the figures into this variable")
 
 
 def _add_figures(command: Callable[[str, str], CommandParser]) -> None:
@@ -263,6 +282,8 @@ def _add_widgets(command: Callable[[str, str], CommandParser]) -> None:
 def _add_own_models(command: Callable[[str, str], CommandParser]) -> None:
     sub = _model(command("model", "%%nos model NAME: make a model of the class in this cell"))
     sub.add_argument("--class", dest="class_name", metavar="NAME", help="which class of the cell")
+    pip = "a package that it needs besides the server's; again for more"
+    sub.add_argument("--pip", dest="env", action="append", metavar="PACKAGE", help=pip)
     _where(sub)
     sub = command("register", "make a model of a class or object of this notebook")
     sub.add_argument("value", metavar="VALUE", nargs="?", help="$name, {expression}; none: a form")

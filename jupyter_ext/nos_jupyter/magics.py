@@ -247,6 +247,24 @@ class NosMagics(Magics):
                 self._shell.user_ns[options.out] = results
         return views.MapResult(options.model, results, time.monotonic() - begin_s)
 
+    def _bench(self, options: argparse.Namespace) -> Any:
+        namespace = self._shell.user_ns
+        values = [arguments.value(word, namespace) for word in options.values]
+        named = arguments.named_values(options.input, namespace)
+        _check_name(options.out)
+        handle = self._ask(lambda client: client.model(options.model))
+        with Progress(self._shell, f"calling {options.model}"):
+            bench = handle.bench(
+                *values,
+                method=options.method or None,
+                num_calls=options.calls,
+                concurrency=options.concurrency,
+                **named,
+            )
+        if options.out:
+            namespace[options.out] = bench
+        return bench
+
     def _panel(self, options: argparse.Namespace) -> Any:
         from nos_jupyter.widgets import InferencePanel
 
@@ -309,7 +327,7 @@ class NosMagics(Magics):
         # The first line is the magic's own, so that a traceback counts lines as the notebook does.
         source = "\n" + cell
         class_name = find_class(source, source_name, options.class_name)
-        wanted = {name: getattr(options, name) for name in ("device", "isolation")}
+        wanted = {name: getattr(options, name) for name in ("device", "isolation", "env")}
         fields = {name: value for name, value in wanted.items() if value}
         info = self._ask(
             lambda client: client.register(

@@ -17,6 +17,7 @@ from nos import _fork as _fork  # before anything imports grpc
 from nos._version import __version__
 
 if TYPE_CHECKING:
+    from nos._bench import Bench
     from nos._profile import Profile
     from nos._stats import ModelStats, StatsList
     from nos.aio import AsyncClient, AsyncModelHandle, AsyncStream
@@ -38,6 +39,7 @@ __all__ = [
     "AsyncClient",
     "AsyncModelHandle",
     "AsyncStream",
+    "Bench",
     "Client",
     "Event",
     "Media",
@@ -66,6 +68,7 @@ _HOMES = {
     "AsyncClient": "nos.aio",
     "AsyncModelHandle": "nos.aio",
     "AsyncStream": "nos.aio",
+    "Bench": "nos._bench",
     "Client": "nos.client",
     "Event": "nos.types",
     "Media": "nos.types",

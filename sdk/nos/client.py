@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, overload
 
-from nos import _address, _control, _profile, _registering, _stats, _timeline, _tokens
+from nos import _address, _bench, _control, _profile, _registering, _stats, _timeline, _tokens
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
 from nos._stream import Policy, StreamCore, flow_of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from nos._bench import Bench
     from nos._link import Call, Flow
     from nos._profile import Profile
     from nos._stats import ModelStats, StatsList
@@ -686,6 +687,33 @@ class ModelHandle(HandleCore):
         """Open a stream for frames of one method, by default of the model's call; see `Stream`."""
         found: Method = self.method(method)
         return found.stream(max_pending=max_pending, policy=policy, ordered=ordered)
+
+    def bench(
+        self,
+        *args: Any,
+        method: str | None = None,
+        num_calls: int = 50,
+        concurrency: Sequence[int] = (1, 4, 16),
+        **kwargs: Any,
+    ) -> Bench:
+        """Measure latency and rate of one call, made again and again from here.
+
+        Args:
+            *args: Of the call.
+            method: Which method, by default the model's call.
+            num_calls: How many calls for each number of `concurrency`.
+            concurrency: How many calls are under way at once, one number after the other.
+            **kwargs: Of the call.
+
+        Raises:
+            InvalidRequestError: If the arguments do not fit.
+            NosError: What ended a call; the others are withdrawn.
+        """
+        found: Method = self.method(method)
+        points = _bench.measure(
+            lambda: found.submit(*args, **kwargs), num_calls, tuple(concurrency)
+        )
+        return _bench.Bench(model=self.spec.key, method=found.info.name, points=points)
 
     @property
     def methods(self) -> dict[str, Method]:

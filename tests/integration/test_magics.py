@@ -184,6 +184,10 @@ def test_every_example_runs_and_reads_well_as_saved(path: Path, tmp_path: Path) 
         ("%%nos model me/x\na = 1", "the cell defines no class"),
         ("%%nos model me/x\nclass A: pass\nclass B: pass", "--class NAME"),
         ("%%nos status\nx", "takes no cell"),
+        ("%nos bench nos/echo {1} --concurrency many", "expected numbers as 1,4,16, got 'many'"),
+        ("%nos bench nos/echo {1} --concurrency 0", "1 to 1024"),
+        ("%nos bench nos/echo {1} -n 0", "nothing to measure"),
+        ("%nos bench fake/raise ValueError text", "ModelError: ValueError: text. %nos debug"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(kernel: Kernel, line: str, says: str) -> None:
@@ -329,6 +333,11 @@ def test_items_are_mapped_and_what_a_model_prints_and_did_is_shown(kernel: Kerne
     wait_for(lambda: "saw 3" in kernel.good("%nos logs me/printer").text, "the line is kept")
     assert "me/printer" in kernel.good("%nos stats").text
     assert "me/printer" in kernel.good("%nos scale me/printer 1").text
+    bench = kernel.good("%nos bench me/printer {1} -n 6 --concurrency 1,3 -o bench")
+    assert "p99 ms" in bench.text
+    assert "<table" in bench.bundle["text/html"]
+    counts = "[(it.concurrency, len(it.latencies_s), it.rate_hz > 0) for it in bench.points]"
+    assert kernel.good(counts).text == "[(1, 6, True), (3, 6, True)]"
     kernel.good("%nos unregister me/printer")
     assert "me/printer" not in kernel.good("%nos models me/").text
 
