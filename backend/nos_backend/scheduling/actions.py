@@ -31,6 +31,8 @@ class Request:
     """Whoever sends its next request on the answer to this one, for instance a stream; 0 for nobody known."""
     weight: float = 1.0
     """Its tenant's share of the device, against those of others."""
+    is_bulk: bool = False
+    """Nobody waits for it in particular: it has a small share while anything else has work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

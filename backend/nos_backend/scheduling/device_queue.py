@@ -5,6 +5,8 @@ Requests wait in lanes, one per (model, tenant). A grant lets one batch run on o
 the least virtual time (start-time fair queueing, Goyal et al. 1996, in seconds of the device by weight),
 so a saturated lane gets its turn and no more. Its first request leads a batch that requests of the same
 key from all lanes of the model join, each at its own lane's cost (`nos_backend.scheduling.batching`).
+Bulk requests have lanes of their own, which pay more for each second; they join no batch that another
+leads, and the batches that they lead keep to the quantum.
 
 The shell (`nos_backend.worker.manager`) carries the actions out in the order given, and delivers a
 result only when told so by `End` without an error. That makes this the one place that decides how a
@@ -77,6 +79,8 @@ __all__ = [
 _LEAST_CHARGE_S: Final = 1e-6
 #: The longest batch while another model has work: a running batch is not interrupted.
 QUANTUM_S: Final = 50e-3
+#: Of the device, for bulk requests of a tenant while others have work.
+_BULK_SHARE: Final = 1 / 16
 #: Stale deadlines kept before they are swept.
 _SLACK: Final = 64
 
@@ -396,8 +400,10 @@ class DeviceQueue:
             )
         if request.may_wait:
             return []
-        own = self._lanes.lane(request.model, request.tenant)
-        lanes = self._lanes.of(request.model)
+        own = self._lanes.lane(request)
+        lanes = [
+            lane for lane in self._lanes.of(request.model) if request.is_bulk or not lane.is_bulk
+        ]
         if request.deadline_s is not None and (lanes or model.num_running):
             elsewhere = [
                 (other, its_lanes)
@@ -505,8 +511,10 @@ class DeviceQueue:
         companions = [
             (item.virtual_time, item.order, item.waiting.values())
             for item in self._lanes.of(lane.model)
+            if head.is_bulk or not item.is_bulk
         ]
-        requests = form(head, companions, self._limits(model), model.time, now_s)
+        limits = self._limits(model, is_bulk=head.is_bulk)
+        requests = form(head, companions, limits, model.time, now_s)
         self._lanes.virtual_now = max(self._lanes.virtual_now, lane.virtual_time)
         gather_s = 0.0 if model.gathering_s is None else now_s - model.gathering_s
         model.gathering_s = None
@@ -515,7 +523,8 @@ class DeviceQueue:
         payers: list[tuple[Lane, float]] = []
         for item in requests:
             payer = self._leave(item)
-            part = item.rows / rows / item.weight
+            share = _BULK_SHARE if item.is_bulk else 1.0
+            part = item.rows / rows / (item.weight * share)
             payer.virtual_time += part * charged_s
             payers.append((payer, part))
             self._running[item.id] = model.executor
@@ -541,12 +550,12 @@ class DeviceQueue:
         )
         return Start(batch)
 
-    def _limits(self, model: Model) -> BatchLimits:
-        """Return the limits of a model's next batch, which keeps to the quantum while others have work."""
+    def _limits(self, model: Model, *, is_bulk: bool) -> BatchLimits:
+        """Return the limits of a model's next batch: bulk or while others have work, within the quantum."""
         limits, time = model.limits, model.time
         if not time.row_s or time.predict_s(limits.max_rows) <= self.quantum_s:
             return limits
-        if all(lane.model == model.name for lane in self._lanes.active()):
+        if not is_bulk and all(lane.model == model.name for lane in self._lanes.active()):
             return limits
         rows = int((self.quantum_s - time.t0_s) / time.row_s)
         return replace(limits, max_rows=max(1, min(rows, limits.max_rows)))

@@ -1,4 +1,6 @@
-"""Requests that wait for a device: in lanes, one per (model, tenant), each with its place in virtual time."""
+"""Requests that wait for a device: in lanes, one per (model, tenant, bulk or not), each with its place in
+virtual time.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +55,7 @@ class Lane:
 
     model: str
     tenant: str
+    is_bulk: bool = False
     #: Where the lane stands in virtual time; never decreases.
     virtual_time: float = 0.0
     #: Tells lanes of equal virtual time apart: which became active first.
@@ -71,8 +74,8 @@ class Lanes:
     """All lanes of a device."""
 
     def __init__(self) -> None:
-        #: By model, then tenant. Idle lanes stay while their virtual time is still ahead.
-        self._lanes: dict[str, dict[str, Lane]] = {}
+        #: By model, then tenant and whether it is bulk. Idle lanes stay while their virtual time is ahead.
+        self._lanes: dict[str, dict[tuple[str, bool], Lane]] = {}
         self._num_lanes = 0
         #: Waiting requests in order of arrival, each also in its lane.
         self._waiting: dict[int, Waiting] = {}
@@ -106,12 +109,13 @@ class Lanes:
         """Return the lanes of a model that have requests."""
         return [lane for lane in self._lanes.get(model, {}).values() if lane.waiting]
 
-    def lane(self, model: str, tenant: str) -> Lane:
-        """Return a lane, made if it is not there."""
-        lanes = self._lanes.setdefault(model, {})
-        found = lanes.get(tenant)
+    def lane(self, request: Request) -> Lane:
+        """Return the lane that a request belongs to, made if it is not there."""
+        lanes = self._lanes.setdefault(request.model, {})
+        name = (request.tenant, request.is_bulk)
+        found = lanes.get(name)
         if found is None:
-            found = lanes[tenant] = Lane(model, tenant)
+            found = lanes[name] = Lane(request.model, *name)
             self._num_lanes += 1
         return found
 
@@ -130,7 +134,7 @@ class Lanes:
 
     def enter(self, request: Request, now_s: float, order: int) -> None:
         """A request waits from now on, behind those of its lane."""
-        lane = self.lane(request.model, request.tenant)
+        lane = self.lane(request)
         if not lane.waiting:
             lane.virtual_time = max(lane.virtual_time, self.virtual_now)
             lane.order = order
@@ -145,12 +149,12 @@ class Lanes:
     def enter_first(self, request: Request, now_s: float, order: int) -> None:
         """A request waits again, before all others of its lane."""
         self.enter(request, now_s, order)
-        self.lane(request.model, request.tenant).waiting.move_to_end(request.id, last=False)
+        self.lane(request).waiting.move_to_end(request.id, last=False)
 
     def leave(self, request: Request) -> Lane:
         """A request waits no more; return the lane that it was in."""
         del self._waiting[request.id]
-        lane = self._lanes[request.model][request.tenant]
+        lane = self._lanes[request.model][request.tenant, request.is_bulk]
         del lane.waiting[request.id]
         lane.rows -= request.rows
         lane.keys[request.key] -= 1
@@ -165,10 +169,10 @@ class Lanes:
         """Forget idle lanes that would start at the present anyway, once there are many."""
         if self._num_lanes <= _SLACK:
             return
-        kept: dict[str, dict[str, Lane]] = {}
+        kept: dict[str, dict[tuple[str, bool], Lane]] = {}
         for model, lanes in self._lanes.items():
-            for tenant, lane in lanes.items():
+            for name, lane in lanes.items():
                 if lane.waiting or lane.virtual_time > self.virtual_now:
-                    kept.setdefault(model, {})[tenant] = lane
+                    kept.setdefault(model, {})[name] = lane
         self._lanes = kept
         self._num_lanes = sum(map(len, kept.values()))

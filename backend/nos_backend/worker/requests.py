@@ -47,6 +47,8 @@ class Request:
     """Its sender is held back by a window, so that a full queue need not refuse it."""
     sender: int = 0
     """Names the stream that it came by; 0 for none."""
+    is_bulk: bool = False
+    """Others go first."""
     recurs: bool = False
     """Whether `arguments` is the very list of other requests, for the method."""
     id: int = field(default_factory=request_ids.__next__, init=False)

@@ -76,6 +76,7 @@ class _Form:
 
     data_bytes: int
     timeout_s: float
+    is_bulk: bool
     call: Call
 
 
@@ -90,6 +91,7 @@ class _Frame:
     call: Call | None = None
     #: Whether the call is that of other frames as well.
     recurs: bool = False
+    is_bulk: bool = False
     input: Input | None = None
     deadline_s: float | None = None
     #: Set once it was submitted.
@@ -327,12 +329,14 @@ class Stream:
                 "the frame is too large", "data_bytes", f"at most {FRAME_BYTES} bytes", str(size)
             )
         frame.deadline_s = deadline_of(header.timeout_s, self._loop.time())
+        frame.is_bulk = header.is_bulk
         if isinstance(header, _Form):
             frame.call, frame.recurs = header.call, True
         else:
             frame.call = check_arguments(self._spec, header.method, header.arguments, size)
             if header.data_bytes and 0 < len(rest) <= _MAX_FORM_BYTES:
-                self._remember(self._forms, rest, _Form(size, header.timeout_s, frame.call))
+                form = _Form(size, header.timeout_s, header.is_bulk, frame.call)
+                self._remember(self._forms, rest, form)
         frame.size = size
         self._open_bytes += size
         if size:
@@ -385,6 +389,7 @@ class Stream:
             may_wait=frame.deadline_s is None,
             sender=self._sender,
             recurs=frame.recurs,
+            is_bulk=frame.is_bulk,
         )
         frame.call = frame.input = None
         self._manager.submit(frame.request)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from nos.errors import (
     CancelledError,
@@ -13,6 +15,8 @@ from nos.errors import (
 )
 from nos_backend.scheduling.device_queue import (
     Action,
+    Batch,
+    BatchLimits,
     CancelCall,
     DeviceQueue,
     Drained,
@@ -40,6 +44,7 @@ def request(
     deadline_s: float | None = None,
     *,
     may_wait: bool = False,
+    key: str | None = None,
 ) -> Request:
     return Request(
         id=id,
@@ -48,6 +53,7 @@ def request(
         size_bytes=size_bytes,
         deadline_s=deadline_s,
         may_wait=may_wait,
+        key=key,
     )
 
 
@@ -57,6 +63,10 @@ def started(actions: list[Action]) -> list[int]:
 
 def batch_id(actions: list[Action]) -> int:
     return next(item.batch.id for item in actions if isinstance(item, Start))
+
+
+def batch_of(actions: list[Action]) -> Batch:
+    return next(item.batch for item in actions if isinstance(item, Start))
 
 
 def errors(actions: list[Action]) -> dict[int, type[Exception]]:
@@ -282,3 +292,53 @@ def test_no_batch_is_longer_than_the_quantum_while_another_model_waits() -> None
     made.arrive(Request(id=100, model="b", tenant="t"), now_s=0)
     (start,) = [item for item in made.release("x", now_s=0) if isinstance(item, Start)]
     assert 30 <= start.batch.rows <= 40
+
+
+def bulk(id: int, **facts: Any) -> Request:
+    return Request(id=id, model="a", tenant="t", may_wait=True, is_bulk=True, **facts)
+
+
+def test_a_tenants_call_goes_before_its_bulk_that_waits() -> None:
+    made = queue()
+    running = batch_id(made.arrive(bulk(1), now_s=0))
+    made.arrive(bulk(2), now_s=0)
+    made.arrive(request(3), now_s=0.5)
+    assert started(made.finish(running, "x", now_s=1)) == [3]
+
+
+def test_bulk_has_a_small_share_beside_calls_and_is_not_forgotten() -> None:
+    made = queue()
+    for number in range(100):
+        made.arrive(bulk(1000 + number), now_s=0)
+        made.arrive(request(1 + number, may_wait=True), now_s=0)
+    order, now_s, actions = [1000], 0.0, [Start(made._busy()[0].batch)]
+    for _ in range(100):
+        now_s += 0.01
+        actions = made.finish(batch_id(actions), "x", now_s=now_s)
+        order += started(actions)
+    assert 4 <= sum(item >= 1000 for item in order) <= 9
+
+
+def test_bulk_joins_no_batch_of_a_call_but_a_call_joins_its_batch() -> None:
+    made = DeviceQueue(max_concurrent_batches=1)
+    made.open_model("a", "x", now_s=0, limits=BatchLimits(max_rows=8, queue_delay_s=0))
+    first = made.arrive(bulk(1, key="k"), now_s=0)
+    for item in (bulk(2, key="k"), bulk(3, key="k"), request(4, key="k"), request(5, key="k")):
+        made.arrive(item, now_s=0)
+    calls = made.finish(batch_id(first), "x", now_s=0.01)
+    assert [item.id for item in batch_of(calls).requests] == [4, 5]
+    made.arrive(bulk(6, key="k"), now_s=0.01)
+    assert {it.id for it in batch_of(made.finish(batch_id(calls), "x", now_s=0.02)).requests} == {
+        *(2, 3, 6)
+    }
+
+
+def test_a_batch_of_bulk_keeps_to_the_quantum_although_nobody_else_waits() -> None:
+    made = DeviceQueue(max_concurrent_batches=1, quantum_s=0.05)
+    made.open_model("a", "x", now_s=0, limits=BatchLimits(max_rows=64, queue_delay_s=0))
+    made.advise("a", 64, [(1, 0.01), (2, 0.02), (4, 0.04), (8, 0.08), (16, 0.16)])
+    actions = made.arrive(bulk(1, key="k"), now_s=0)
+    for number in range(2, 40):
+        made.arrive(bulk(number, key="k"), now_s=0)
+    following = batch_of(made.finish(batch_id(actions), "x", now_s=0.01))
+    assert 1 <= following.rows <= 8

@@ -402,12 +402,15 @@ class Frame(_message.Message):
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     DATA_BYTES_FIELD_NUMBER: _builtins.int
+    IS_BULK_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """The method; empty means `__call__`."""
     timeout_s: _builtins.float
     """How long the answer is worth waiting for, in seconds from arrival; 0 means no deadline."""
     data_bytes: _builtins.int
     """Bytes of the whole frame; what this message's `data` lacks follows in chunks, in order."""
+    is_bulk: _builtins.bool
+    """Whether it is part of a large job: the frames and calls of others go first."""
     @_builtins.property
     def arguments(self) -> _containers.RepeatedCompositeFieldContainer[_values_pb2.Argument]:
         """The arguments."""
@@ -419,10 +422,11 @@ class Frame(_message.Message):
         arguments: _abc.Iterable[_values_pb2.Argument] | None = ...,
         timeout_s: _builtins.float = ...,
         data_bytes: _builtins.int = ...,
+        is_bulk: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "data_bytes", b"data_bytes", "method", b"method", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "data_bytes", b"data_bytes", "is_bulk", b"is_bulk", "method", b"method", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
