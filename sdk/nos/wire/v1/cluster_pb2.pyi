@@ -94,6 +94,38 @@ class Device(_message.Message):
 Global___Device: _TypeAlias = Device  # noqa: Y015
 
 @_typing.final
+class Confinement(_message.Message):
+    """How code of models is held on one worker's machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    COVERS_FIELD_NUMBER: _builtins.int
+    LACKS_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    """What holds it, from the strongest that there is: `own user + landlock`, ..., `own process`, `off`."""
+    lacks: _builtins.str
+    """Why it is not stronger, in words; empty if there is nothing stronger."""
+    @_builtins.property
+    def covers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What that keeps from happening, one sentence each."""
+
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        covers: _abc.Iterable[_builtins.str] | None = ...,
+        lacks: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["covers", b"covers", "lacks", b"lacks", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Confinement: _TypeAlias = Confinement  # noqa: Y015
+
+@_typing.final
 class Worker(_message.Message):
     """One worker process."""
 
@@ -109,6 +141,7 @@ class Worker(_message.Message):
     NUM_EXECUTORS_FIELD_NUMBER: _builtins.int
     IS_RETIRING_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    CONFINEMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, unique in the cluster."""
     address: _builtins.str
@@ -131,6 +164,10 @@ class Worker(_message.Message):
     def device(self) -> Global___Device:
         """Its device."""
 
+    @_builtins.property
+    def confinement(self) -> Global___Confinement:
+        """How code of models is held there."""
+
     def __init__(
         self,
         *,
@@ -144,10 +181,11 @@ class Worker(_message.Message):
         num_executors: _builtins.int = ...,
         is_retiring: _builtins.bool = ...,
         note: _builtins.str = ...,
+        confinement: Global___Confinement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["confinement", b"confinement", "device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "is_retiring", b"is_retiring", "name", b"name", "note", b"note", "num_executors", b"num_executors", "num_queued", b"num_queued", "num_running", b"num_running", "num_streams", b"num_streams", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "confinement", b"confinement", "device", b"device", "is_retiring", b"is_retiring", "name", b"name", "note", b"note", "num_executors", b"num_executors", "num_queued", b"num_queued", "num_running", b"num_running", "num_streams", b"num_streams", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -261,7 +299,7 @@ class WatchEventsResponse(_message.Message):
     time_s: _builtins.float
     """When, in seconds since 1970, by the server's clock."""
     kind: _builtins.str
-    """What happened, in a word: `worker-joined`, `worker-lost`, `loading`, `loaded`, `unloaded`,
+    """What happened, in a word: `worker-joined`, `worker-refused`, `worker-lost`, `loading`, `loaded`, `unloaded`,
     `failed`, `registered`, `deleted`, `executor-lost`, `scaled`, `draining`, `replicas`,
     `worker-retiring`, `worker-retired`, `status`.
     """
