@@ -256,6 +256,8 @@ class Batching(_message.Message):
     QUEUE_DELAY_S_FIELD_NUMBER: _builtins.int
     EXACT_ROWS_FIELD_NUMBER: _builtins.int
     IS_CHECKED_FIELD_NUMBER: _builtins.int
+    IS_EACH_FIELD_NUMBER: _builtins.int
+    PADDED_FIELD_NUMBER: _builtins.int
     max_rows: _builtins.int
     """At most so many rows; 0 leaves it to the server."""
     queue_delay_s: _builtins.float
@@ -266,6 +268,14 @@ class Batching(_message.Message):
     """
     is_checked: _builtins.bool
     """Whether the first batch is repeated call by call and compared."""
+    is_each: _builtins.bool
+    """Whether the method takes single items, so that calls which wait together run one after the other, in one
+    round to the model's process; `parameters` is empty then.
+    """
+    padded: _builtins.str
+    """Name of the dimension behind the rows that may differ within a batch: shorter rows are filled up with zeros,
+    and the parameter `mask` tells which elements are real. Empty: all lengths within a batch are equal.
+    """
     @_builtins.property
     def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The parameters that are joined: tensors along their first dimension, or lists. All others must be equal
@@ -280,10 +290,12 @@ class Batching(_message.Message):
         queue_delay_s: _builtins.float | None = ...,
         exact_rows: _builtins.int = ...,
         is_checked: _builtins.bool = ...,
+        is_each: _builtins.bool = ...,
+        padded: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_queue_delay_s", b"_queue_delay_s", "queue_delay_s", b"queue_delay_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_delay_s", b"_queue_delay_s", "exact_rows", b"exact_rows", "is_checked", b"is_checked", "max_rows", b"max_rows", "parameters", b"parameters", "queue_delay_s", b"queue_delay_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_delay_s", b"_queue_delay_s", "exact_rows", b"exact_rows", "is_checked", b"is_checked", "is_each", b"is_each", "max_rows", b"max_rows", "padded", b"padded", "parameters", b"parameters", "queue_delay_s", b"queue_delay_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__queue_delay_s: _TypeAlias = _typing.Literal["queue_delay_s"]  # noqa: Y015
     _WhichOneofArgType__queue_delay_s: _TypeAlias = _typing.Literal["_queue_delay_s", b"_queue_delay_s"]  # noqa: Y015
@@ -1323,6 +1335,44 @@ class MethodProfile(_message.Message):
 Global___MethodProfile: _TypeAlias = MethodProfile  # noqa: Y015
 
 @_typing.final
+class BatchCap(_message.Message):
+    """What the batches of a model keep to since one of them failed as a whole and its requests alone did not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    FAILED_ROWS_FIELD_NUMBER: _builtins.int
+    TIME_S_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    IS_TRIAL_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows of a batch, at most."""
+    failed_rows: _builtins.int
+    """Rows of the largest batch that did not go together; one that goes ends the cap."""
+    time_s: _builtins.float
+    """When `rows` was set, in seconds since 1970."""
+    wait_s: _builtins.float
+    """Seconds after which twice as many rows are tried; infinite for never."""
+    is_trial: _builtins.bool
+    """Whether `rows` was raised since a batch failed last."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        failed_rows: _builtins.int = ...,
+        time_s: _builtins.float = ...,
+        wait_s: _builtins.float = ...,
+        is_trial: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_rows", b"failed_rows", "is_trial", b"is_trial", "rows", b"rows", "time_s", b"time_s", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCap: _TypeAlias = BatchCap  # noqa: Y015
+
+@_typing.final
 class Profile(_message.Message):
     """What a model version needs on one kind of device."""
 
@@ -1357,6 +1407,7 @@ class Profile(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
     METHODS_FIELD_NUMBER: _builtins.int
+    CAP_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The version, `name@v3`."""
     device: _builtins.str
@@ -1377,7 +1428,11 @@ class Profile(_message.Message):
 
     @_builtins.property
     def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodProfile]:
-        """In the order of the interface."""
+        """In the order of the interface; none where nothing was measured yet."""
+
+    @_builtins.property
+    def cap(self) -> Global___BatchCap:
+        """What batches taught; absent while all of them went well."""
 
     def __init__(
         self,
@@ -1391,10 +1446,11 @@ class Profile(_message.Message):
         weight_bytes: _builtins.int = ...,
         activation_bytes: _builtins.int = ...,
         methods: _abc.Iterable[Global___MethodProfile] | None = ...,
+        cap: Global___BatchCap | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cap", b"cap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "device", b"device", "engine", b"engine", "methods", b"methods", "model", b"model", "product", b"product", "time_s", b"time_s", "versions", b"versions", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "cap", b"cap", "device", b"device", "engine", b"engine", "methods", b"methods", "model", b"model", "product", b"product", "time_s", b"time_s", "versions", b"versions", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
