@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from nos.errors import NosError
 
 from nos_backend import hub
+from nos_backend.cluster.certificates import TlsFiles
 from nos_backend.cluster.link import ClusterLink
 from nos_backend.control.blobs import BlobStore
 from nos_backend.control.catalogue import Catalogue
@@ -26,6 +26,7 @@ from nos_backend.control.registry import Registry
 from nos_backend.control.sweeping import sweep
 from nos_backend.control.tickets import TicketSigner
 from nos_backend.control.tokens import Tokens
+from nos_backend.own_memory import hide_memory
 from nos_backend.rpc.server import GatewayServer
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ EXIT_IDLE: Final = 75
 DRAIN_GRACE_S: Final = 10.0
 
 _MIN_IDLE_CHECK_S: Final = 0.2
-_PR_SET_DUMPABLE: Final = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    _hide_memory()
+    hide_memory()
     try:
         return asyncio.run(_serve(arguments))
     except NosError as error:
@@ -73,6 +73,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         tokens.accept(token)
     signer = TicketSigner.generate()
     link = ClusterLink()
+    ca_certificate = TlsFiles(arguments.tls_dir).ca.read_bytes() if arguments.tls_dir else b""
     server = GatewayServer(
         cluster=link,
         catalogue=catalogue,
@@ -81,6 +82,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         tokens=tokens,
         signer=signer,
         crew_file=arguments.run_dir / CREW_NAME,
+        ca_certificate=ca_certificate,
     )
 
     async def connect() -> None:
@@ -155,11 +157,6 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def _hide_memory() -> None:
-    """Keep other processes of the same user from reading the signing key out of this one's memory."""
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

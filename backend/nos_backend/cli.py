@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 from nos.errors import ConfigError, InternalError, NosError
 
@@ -43,8 +43,33 @@ def register(app: typer.Typer) -> None:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "nos_backend", "serve", *context.args])  # noqa: S606 - no shell is wanted
 
+    groups = [group.typer_instance for group in app.registered_groups]
+    cluster = next(group for group in groups if group and group.info.name == "cluster")
+
+    @cluster.command("certs")
+    def certs(folder: Path) -> None:
+        """Make, or renew, the certificates of a cluster of several machines."""
+        _make_certificates(folder)
+
     # typer resolves annotations by name, in the module's namespace, where typer is not imported.
     serve.__annotations__["context"] = typer.Context
+    certs.__annotations__["folder"] = Annotated[Path, typer.Argument(help="Made if missing")]
+
+
+def _make_certificates(folder: Path) -> None:
+    from nos_backend.cluster.certificates import TlsFiles
+
+    try:
+        made = TlsFiles.create_for_cluster(folder)
+    except OSError as error:
+        raise ConfigError(
+            "the certificates cannot be written", "folder", got=f"{folder}: {error.strerror}"
+        ) from error
+    for role, files in made.items():
+        _say(f"{role:<10} {files.folder}")
+    _say(
+        f"Keep {folder / 'ca-key.pem'} to yourself: who has it makes certificates that are accepted"
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -11,8 +11,10 @@ import os
 import tomllib
 from pathlib import Path  # noqa: TC003 - pydantic looks it up
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from nos.errors import ConfigError
+from nos.wire.host import is_loopback
 from nos.wire.local import state_dir
 from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
@@ -49,14 +51,18 @@ class Settings(BaseSettings):
     """Certificate chain of the gateway, PEM; without one, a public address gets one of its own making."""
     tls_key: Annotated[Path | None, Field(validate_default=True)] = None
     """Private key of the certificate, PEM."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    """auto (every CUDA device, else the processor), cpu, cuda (every one) or cuda:N."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|none)$")] = "auto"
+    """auto (every CUDA device, else the processor), cpu, cuda (every one), cuda:N, or none: no worker here,
+    where a scheduler is joined that has its own."""
     workers: Annotated[int, Field(ge=0, le=64)] = 0
     """Number of workers; 0 means one per device."""
     scheduler: str = ""
-    """Join the Dask scheduler at this address (tcp://... or tls://...); empty starts one."""
-    tls_dir: Path | None = None
+    """Join the Dask scheduler at this address (tls://host:port, or tcp:// on loopback); empty starts one."""
+    tls_dir: Annotated[Path | None, Field(validate_default=True)] = None
     """Folder with ca.pem, cert.pem and key.pem for a scheduler that is joined with TLS."""
+    worker_host: str = ""
+    """Address of this machine that the workers' ports listen on, with TLS unless it is loopback; empty means
+    loopback, or with a scheduler elsewhere, the address that leads there."""
     capacity_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Bytes of device memory that models of one worker may use, for instance 8GiB; default: what there is."""
     headroom_bytes: ByteSize = ByteSize(0)
@@ -73,6 +79,12 @@ class Settings(BaseSettings):
     measured, and batches have the usual limit."""
     host_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Bytes of main memory for copies of models; beyond it they go to files. Default: no limit."""
+    confinement: Literal["auto", "off"] = "auto"
+    """How code of models is held: auto is the strongest that this machine has (a user of its own for every
+    owner, landlock); off leaves it what the server's own user may do."""
+    executor_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Bytes of main memory that one executor may have for itself; beyond it models run out of memory.
+    Default: no limit, but where memory ends the kernel ends executors first."""
     scale_down_s: Annotated[float, Field(gt=0)] = 60.0
     """Replicas of a model that may have several leave after they have been too many for so many seconds."""
     drain_s: Annotated[float, Field(gt=0)] = 30.0
@@ -110,6 +122,13 @@ class Settings(BaseSettings):
     def _expand(cls, given: Path) -> Path:
         return given.expanduser().absolute()
 
+    @field_validator("worker_host")
+    @classmethod
+    def _check_worker_host(cls, given: str) -> str:
+        if given and cls._check_host(given) in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+            raise ValueError(f"one address that clients can use, got {given!r}")
+        return cls._check_host(given) if given else given
+
     @field_validator("host")
     @classmethod
     def _check_host(cls, given: str) -> str:
@@ -130,12 +149,33 @@ class Settings(BaseSettings):
     @field_validator("scheduler")
     @classmethod
     def _check_scheduler(cls, given: str) -> str:
-        scheme, _, rest = given.partition("://")
-        is_local = rest.rpartition(":")[0] in ("127.0.0.1", "localhost")
-        if given and not (scheme in ("tcp", "tls") and is_local):
-            # Workers elsewhere would have to listen on a network, and their port has no TLS yet.
-            raise ValueError(f"tcp:// or tls:// and an address of this machine, got {given!r}")
+        if given:
+            place = urlsplit(given)
+            if place.scheme not in ("tcp", "tls") or not place.hostname or not _port_of(given):
+                raise ValueError(f"tls://host:port or tcp://host:port, got {given!r}")
+            if place.scheme == "tcp" and not is_loopback(place.hostname):
+                # Whoever reaches a scheduler runs code there.
+                raise ValueError(f"tls:// for a scheduler elsewhere, got {given!r}")
         return given
+
+    @field_validator("tls_dir")
+    @classmethod
+    def _check_tls_dir(cls, given: Path | None, info: ValidationInfo) -> Path | None:
+        needs_tls = str(info.data.get("scheduler", "")).startswith("tls://")
+        if needs_tls != (given is not None):
+            raise ValueError(
+                "--tls-dir with a scheduler at tls://, and only there, got "
+                + ("none" if needs_tls else str(given))
+            )
+        return given.expanduser().absolute() if given is not None else None
+
+
+def _port_of(url: str) -> int:
+    """Return the port of an address; 0 if it has none that is a number."""
+    try:
+        return urlsplit(url).port or 0
+    except ValueError:
+        return 0
 
 
 def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
@@ -223,7 +263,7 @@ def _first_error(
     if ", got " in wanted:
         return ConfigError(f"bad {place}: expected {wanted}", name)
     if first["type"] == "string_pattern_mismatch":
-        wanted = "auto, cpu, cuda or cuda:N"
+        wanted = "auto, cpu, cuda, cuda:N or none"
     return ConfigError(f"bad {place}", name, wanted, repr(first["input"]))
 
 

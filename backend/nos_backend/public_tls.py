@@ -75,12 +75,22 @@ def reachable(address: str) -> str:
     host, _, port = address.rpartition(":")
     if host not in _ANY:
         return address
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing; chooses the interface that leads out
-            return f"{probe.getsockname()[0]}:{port}"
-        except OSError:
-            return f"{socket.gethostname()}:{port}"
+    try:
+        return f"{own_address('192.0.2.1')}:{port}"
+    except OSError:
+        return f"{socket.gethostname()}:{port}"
+
+
+def own_address(towards: str) -> str:
+    """Return the address of this machine that another one, by name or address, sees.
+
+    Raises:
+        OSError: If nothing leads there.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing; chooses the interface that leads there
+        return str(probe.getsockname()[0])
 
 
 def from_here(address: str) -> str:

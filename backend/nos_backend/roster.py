@@ -7,6 +7,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 from nos.errors import ConfigError
 from nos.wire.local import LOG_FOLDER_NAME
@@ -21,6 +22,7 @@ from nos_backend.cluster.launch import (
     scheduler_command,
     worker_command,
 )
+from nos_backend.public_tls import own_address
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +34,8 @@ _LOOPBACK: Final = "127.0.0.1"
 _DASHBOARD_PORT: Final = 8787
 #: As many as `--workers` takes.
 _MAX_CPU_WORKERS: Final = 64
+#: In the state folder: the homes of owners' users.
+HOMES_NAME: Final = "homes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +65,18 @@ def plan_children(
         public: What the gateway's port shows; None for a port without TLS.
 
     Raises:
-        ConfigError: If a port is taken or there is no such device.
+        ConfigError: If a port is taken, there is no such device, or nothing leads to the scheduler.
     """
     devices, num_workers = choose_devices(settings)
     port = reserve_port(settings.host, settings.port, "--port")
     children, workers, dashboard_url = [], {}, ""
+    comm_host = _LOOPBACK
     if settings.scheduler:
         scheduler = settings.scheduler
+        comm_host = settings.worker_host or _own_address(scheduler)
         tls = TlsFiles(settings.tls_dir) if settings.tls_dir else None
+        if tls is not None:
+            tls.check()
         # A scheduler takes each name once, and others may have a cpu-0, too.
         devices = {
             f"{socket.gethostname()}-{os.getpid()}-{name}": at for name, at in devices.items()
@@ -92,7 +100,7 @@ def plan_children(
         command = worker_command(
             name=name,
             scheduler=scheduler,
-            host=_LOOPBACK,
+            host=comm_host,
             settings=WorkerSettings(
                 device=device,
                 capacity_bytes=settings.capacity_bytes,
@@ -104,7 +112,12 @@ def plan_children(
                 host_bytes=settings.host_bytes,
                 weights_dir=str(run_dir / "weights" / name),
                 environments_dir=str(settings.state_dir / "environments"),
-                host=_LOOPBACK,
+                confinement=settings.confinement,
+                closed_paths=os.pathsep.join(map(str, _closed_paths(settings))),
+                readable_paths=os.pathsep.join(map(str, readable_paths(settings.state_dir))),
+                homes_dir=str(settings.state_dir / HOMES_NAME),
+                executor_bytes=settings.executor_bytes,
+                host=settings.worker_host or comm_host,
                 ready_file=str(ready_file),
             ),
             tls=tls,
@@ -123,6 +136,17 @@ def plan_children(
     )
 
 
+def readable_paths(state_dir: Path) -> list[Path]:
+    """Return the folders of the state folder that models and their packages are read from."""
+    return [state_dir / "folders", state_dir / "environments"]
+
+
+def _closed_paths(settings: Settings) -> list[Path]:
+    """Return where secrets are: tokens, registry and keys."""
+    keys = [settings.tls_key, settings.tls_dir]
+    return [settings.state_dir, *(path.absolute() for path in keys if path is not None)]
+
+
 def choose_devices(settings: Settings) -> tuple[dict[str, str], int]:
     """Return the names of all workers that there may be, with their devices, and how many to start with.
 
@@ -130,6 +154,12 @@ def choose_devices(settings: Settings) -> tuple[dict[str, str], int]:
         ConfigError: If the machine has no such device, or fewer than workers are wanted.
     """
     asked, num_workers = settings.device, settings.workers
+    if asked == "none":
+        if not settings.scheduler:
+            raise ConfigError(
+                "nobody would run models", "device", "a device, or --scheduler", "none"
+            )
+        return {}, 0
     found = find_devices(os.environ)
     if asked == "cuda" and found == ["cpu"]:
         raise ConfigError(
@@ -169,6 +199,15 @@ def reserve_port(host: str, port: int, flag: str) -> int:
                 hint=f"Choose another with {flag}, or 0 for any free one",
             ) from error
         return int(probe.getsockname()[1])
+
+
+def _own_address(scheduler: str) -> str:
+    try:
+        return own_address(urlsplit(scheduler).hostname or "")
+    except OSError as error:
+        raise ConfigError(
+            f"nothing leads to the scheduler: {error.strerror}", "scheduler", got=scheduler
+        ) from error
 
 
 def _choose_dashboard_port(asked: int) -> int:
@@ -213,7 +252,13 @@ def _child(
     return Child(
         name=name,
         arguments=command.arguments,
-        environ={**os.environ, "PYTHONUNBUFFERED": "1", **command.environ},
+        environ={
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            # Dask sets up the logging of its processes; ours in them would be silent otherwise.
+            "DASK_LOGGING__NOS_BACKEND": settings.log_level,
+            **command.environ,
+        },
         log_path=settings.state_dir / LOG_FOLDER_NAME / f"{name}.log",
         ready_file=ready_file,
     )

@@ -23,9 +23,12 @@ from nos.wire import local
 
 from nos_backend.children import Child, adopt_orphans, kill_orphans, reap_orphans
 from nos_backend.cluster.certificates import TlsFiles
+from nos_backend.cluster.probe import check_scheduler
 from nos_backend.control.crew import CREW_NAME, Crew
+from nos_backend.executor.confinement import TEMPORARY_NAME
+from nos_backend.own_memory import hide_memory
 from nos_backend.public_tls import from_here, public_tls, reachable
-from nos_backend.roster import plan_children
+from nos_backend.roster import HOMES_NAME, plan_children, readable_paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,9 +92,11 @@ class Supervisor:
 
         Raises:
             ConfigError: If a port is taken, a folder cannot be written, or there is no such device.
-            UnavailableError: If another server lives in the state folder.
+            UnavailableError: If another server lives in the state folder, or no scheduler is where it was
+                said to be.
             InternalError: If a process does not start; it names the process and its last words.
         """
+        hide_memory()
         with contextlib.ExitStack() as stack:
             self._lock(stack)
             stack.enter_context(self._watched_signals())
@@ -129,7 +134,10 @@ class Supervisor:
         shutil.rmtree(self._run_dir, ignore_errors=True)  # a killed server left it
         self._run_dir.mkdir(mode=0o700)
         (folder / local.LOG_FOLDER_NAME).mkdir(mode=0o700, exist_ok=True)
-        if plan.tls is not None and not self._settings.scheduler:
+        self._prepare_folders()
+        if self._settings.scheduler:
+            check_scheduler(self._settings.scheduler, plan.tls)
+        elif plan.tls is not None:
             TlsFiles.create(plan.tls.folder)
         self._write_token()
         self._children, self._dashboard_url = plan.children, plan.dashboard_url
@@ -138,6 +146,22 @@ class Supervisor:
             supervisor_pid=os.getpid(), names=list(plan.workers), num_wanted=plan.num_workers
         )
         crew.write(self._run_dir / CREW_NAME)
+
+    def _prepare_folders(self) -> None:
+        """Make the folders that executors read; where owners have users, let these in, and no further."""
+        folder = self._settings.state_dir
+        has_users = os.geteuid() == 0 and self._settings.confinement != "off"
+        for readable in readable_paths(folder):
+            readable.mkdir(mode=0o700, exist_ok=True)
+            if has_users:
+                readable.chmod(0o711)
+        if has_users:
+            folder.chmod(folder.stat().st_mode | 0o111)
+        self._empty_homes()
+
+    def _empty_homes(self) -> None:
+        for temporary in (self._settings.state_dir / HOMES_NAME).glob(f"*/{TEMPORARY_NAME}"):
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _write_token(self) -> None:
         self._token_file.unlink(missing_ok=True)
@@ -249,8 +273,10 @@ class Supervisor:
             if not waited_for:
                 with contextlib.suppress(FileNotFoundError):  # it has just ended
                     return (self._run_dir / "gateway.ready").read_text(encoding="utf-8").strip()
+            # One that ran before we came is not about to get its plane.
+            most = 1 if self._settings.scheduler else _MAX_START_FAILURES
             for child in self._children:
-                if child.num_failures >= _MAX_START_FAILURES:
+                if child.num_failures >= most:
                     raise _did_not_start(child, f"ended {child.num_failures} times")
             if time.monotonic() > deadline_s:
                 late = waited_for[0] if waited_for else self._children[-1]
@@ -306,6 +332,7 @@ class Supervisor:
 
     def _clean(self) -> None:
         shutil.rmtree(self._run_dir, ignore_errors=True)
+        self._empty_homes()
         self._token_file.unlink(missing_ok=True)
 
 

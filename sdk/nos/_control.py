@@ -318,6 +318,8 @@ def to_method(message: models_pb2.Method) -> types.MethodInfo:
         returns=message.returns.annotation,
         is_generator=message.is_generator,
         batches=tuple(message.batching.parameters),
+        takes_turns=message.batching.is_each,
+        padded=message.batching.padded,
         max_batch=message.batching.max_rows,
         queue_delay_s=(
             message.batching.queue_delay_s if message.batching.HasField("queue_delay_s") else None
@@ -435,6 +437,12 @@ def _to_worker(message: cluster_pb2.Worker) -> types.Worker:
         num_streams=message.num_streams,
         num_executors=message.num_executors,
         is_retiring=message.is_retiring,
+        note=message.note,
+        confinement=types.Confinement(
+            tier=message.confinement.tier,
+            covers=tuple(message.confinement.covers),
+            lacks=message.confinement.lacks,
+        ),
     )
 
 

@@ -10,13 +10,14 @@ from collections import Counter
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
-from nos import _control, _fork
+from nos import _control, _fork, _tls
 from nos._channel import Metadata, Transport, open_transport
 from nos._link import Call, Flow, Link, Route
 from nos._replicas import Replicas
 from nos.errors import InternalError, NosError, StreamClosedError, UnavailableError
 from nos.wire.host import host_id, is_loopback
 from nos.wire.limits import MODEL_KEY, TICKET_KEY, TOKEN_KEY, WORKER_KEY
+from nos.wire.local import WORKER_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -351,12 +352,14 @@ class Engine:
                         ticket_ttl_s=answer.ticket_ttl_s,
                     )
         if self._via != "local":
+            ca_certificate = _tls.named(WORKER_NAME, answer.ca_certificate)
             for endpoint in endpoints:
                 is_elsewhere = endpoint.host_id not in {"", here}
                 if is_elsewhere and is_loopback(endpoint.address.rpartition(":")[0].strip("[]")):
                     continue  # it is the worker's own, and here it would be somebody else
+                shown = ca_certificate if endpoint.is_encrypted else b""
                 yield Route(
-                    transport=self._transport(endpoint.address, answer.ca_certificate),
+                    transport=self._transport(endpoint.address, shown),
                     metadata=metadata,
                     worker=endpoint.worker,
                     worker_address=endpoint.address,

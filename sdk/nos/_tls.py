@@ -64,7 +64,12 @@ def certificates(address: str, options: dict[str, str]) -> bytes:
                 "a file of PEM certificates, or sha256: and a fingerprint",
                 f"{path}: {error.strerror}",
             ) from error
-    return (_NAME + name.encode() + b"\n" if name else b"") + pem
+    return named(name, pem) if name else pem
+
+
+def named(name: str, pem: bytes) -> bytes:
+    """Return certificates by which a server is known that has this name at every address."""
+    return _NAME + name.encode() + b"\n" + pem
 
 
 def name_of(pem: bytes) -> str:

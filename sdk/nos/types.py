@@ -185,7 +185,11 @@ class MethodInfo:
     """Its annotation; of a generator, the items'."""
     is_generator: bool = False
     batches: tuple[str, ...] = ()
-    """The parameters along which concurrent calls are joined and run as one; empty: each runs alone."""
+    """The parameters along which concurrent calls are joined and run as one; empty: they are not joined."""
+    takes_turns: bool = False
+    """Whether concurrent calls, of single items, run one after the other in one round to the model."""
+    padded: str = ""
+    """The dimension whose length may differ within a batch; empty: none."""
     max_batch: int = 0
     """The most rows of such a batch; 0: the server's choice."""
     queue_delay_s: float | None = None
@@ -399,11 +403,14 @@ def _batches(methods: Sequence[MethodInfo]) -> str:
     """Say which methods run many calls as one, and how."""
     found = []
     for method in methods:
+        if method.takes_turns:
+            found.append(f"{method.name} item by item")
         if method.batches:
             limit = f", at most {method.max_batch} rows" if method.max_batch else ""
             delay_s = method.queue_delay_s
             delay = "" if delay_s is None else f", waits up to {delay_s * 1e3:g} ms"
-            found.append(f"{method.name} along {', '.join(method.batches)}{limit}{delay}")
+            padded = f", {method.padded} padded" if method.padded else ""
+            found.append(f"{method.name} along {', '.join(method.batches)}{limit}{delay}{padded}")
     return "; ".join(found) or "no: each call runs alone"
 
 
@@ -454,6 +461,18 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Confinement:
+    """How code of models is held on a worker's machine."""
+
+    tier: str = ""
+    """What holds it, for instance `own user + landlock`; empty if the server does not say."""
+    covers: tuple[str, ...] = ()
+    """What that keeps from happening, one sentence each."""
+    lacks: str = ""
+    """Why it is not stronger; empty if there is nothing stronger."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
     """One worker process."""
 
@@ -467,6 +486,9 @@ class Worker:
     num_executors: int = 0
     is_retiring: bool = False
     """Whether it leaves once what it serves is served elsewhere."""
+    note: str = ""
+    """Why it is given no models; empty if it is."""
+    confinement: Confinement = field(default_factory=Confinement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -565,6 +587,8 @@ class Status(_Table):
                     + f", {worker.num_running} running, {worker.num_queued} waiting",
                 )
             )
+        for tier in dict.fromkeys(worker.confinement.tier for worker in self.workers):
+            rows += [("models run as", tier)] if tier else []
         if self.dashboard_url:
             rows.append(("dashboard", self.dashboard_url))
         rows += [(key, way) for key, way in self.routes.items()]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from nos._session import Session
 from nos.errors import NosError
 
 from tests.faults.streaming import WINDOW, Sender, flows
+from tests.network import Host
 from tests.servers import FAKE_MODELS, ROOT, start_server, wait_for
 
 NUM_STREAMS = 8
@@ -264,34 +264,15 @@ def unread_stream(server, via, method, arguments, num_frames):
             duplex.cancel()
 
 
-class Link:
-    """A network link to a namespace of its own, and a port at this end of it that leads to the server."""
+class Port:
+    """A port of this machine on the way to another one, which leads to the server."""
 
-    def __init__(self, stack, server):
-        if not shutil.which("ip") or os.geteuid():
-            pytest.skip("making a network namespace takes root and iproute2")
-        number = os.getpid() % 250
-        self.name, self.ends = f"nos{number}", (f"10.231.{number}.1", f"10.231.{number}.2")
-        try:
-            self.run("ip", "netns", "add", self.name)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
-        stack.callback(self.run, "ip", "netns", "del", self.name)
-        self.run("ip", "link", "add", self.name, "type", "veth", "peer", "name", "far")
-        self.run("ip", "link", "set", "far", "netns", self.name)
-        self.inside = ("ip", "netns", "exec", self.name)
-        for inside, device, end in (((), self.name, 0), (self.inside, "far", 1)):
-            self.run(*inside, "ip", "address", "add", f"{self.ends[end]}/30", "dev", device)
-            self.run(*inside, "ip", "link", "set", device, "up")
-        host, _, port = server.address.rpartition(":")
-        self.target = host, int(port)
-        self.listener = stack.enter_context(socket.create_server((self.ends[0], 0)))
-        self.address = f"{self.ends[0]}:{self.listener.getsockname()[1]}"
+    def __init__(self, stack, host, server):
+        place, _, port = server.address.rpartition(":")
+        self.target = place, int(port)
+        self.listener = stack.enter_context(socket.create_server((host.gateway, 0)))
+        self.address = f"{host.gateway}:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.accept, daemon=True).start()
-
-    @staticmethod
-    def run(*command):
-        subprocess.run(command, check=True, capture_output=True, text=True)
 
     def accept(self):
         with contextlib.suppress(OSError):
@@ -310,31 +291,22 @@ class Link:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
 
-    def cut(self):
-        """Have packets vanish, both ways: they go to an address that nobody has."""
-        nobody = ("lladdr", "02:00:00:00:00:99", "nud", "permanent")
-        self.run("ip", "neigh", "replace", self.ends[1], "dev", self.name, *nobody)
-        self.run(*self.inside, "ip", "neigh", "replace", self.ends[0], "dev", "far", *nobody)
-
-    def mend(self):
-        self.run("ip", "neigh", "del", self.ends[1], "dev", self.name)
-        self.run(*self.inside, "ip", "neigh", "del", self.ends[0], "dev", "far")
-
 
 @pytest.mark.accept("D7", "A6")
 @pytest.mark.long
 def test_a_link_that_swallows_everything_is_noticed_by_both_ends(server, accept):
     with traffic(server, "auto", num_streams=1) as senders, contextlib.ExitStack() as stack:
-        link = Link(stack, server)
-        client = Client(stack, server, "auto", link.address, link.inside)
+        host = Host(stack)
+        port = Port(stack, host, server)
+        client = Client(stack, server, "auto", port.address, host.inside)
         client.flows()
         wait_for(lambda: num_streams(server) == 2, "nobody else is there", 60)
         since_s = time.monotonic()
-        link.cut()
+        host.cut()
         wait_for(lambda: num_streams(server) == 1, "the server notices", 60)
         accept.figure(time.monotonic() - since_s, 16.0, "s until the server notices")
         flows(senders)
-        link.mend()
+        host.mend()
         client.flows()
         assert client.stop() > 0
     assert senders[0].check(num_faults=0) == 0

@@ -51,6 +51,14 @@ MALLOC_SETTINGS: Final[dict[str, str]] = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
 
+#: What a worker that somebody started by hand takes where Dask's own defaults stand.
+WORKER_DEFAULTS: Final[dict[str, str]] = {
+    **{name: value for name, value in DASK_SETTINGS.items() if "ENCRYPTION" not in name},
+    "DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON": repr(
+        {**MALLOC_SETTINGS, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    ),
+}
+
 #: Dask tasks (bulk inference) of a worker that may block at the same time.
 _NUM_TASK_THREADS: Final = 2
 
@@ -135,6 +143,7 @@ def worker_command(
         *("--worker-class", "nos_backend.cluster.ServingWorker"),
         *("--name", name, "--nworkers", "1", "--nthreads", str(_NUM_TASK_THREADS)),
         *("--memory-limit", "0", "--no-dashboard", "--host", host),
+        *("--preload-nanny", "nos_backend.own_memory"),
         *("--dashboard-address", f"{host}:0"),
         *("--local-directory", str(scratch), "--death-timeout", "120"),
         *(tls.to_flags() if tls else ()),

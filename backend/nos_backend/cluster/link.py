@@ -44,6 +44,8 @@ class Placement:
     """Where it listens for clients of its host; empty if nowhere."""
     host_id: str = ""
     """Names its host and that host's boot."""
+    is_encrypted: bool = False
+    """Whether `address` takes TLS only."""
     num_pending: int = field(default=0, compare=False)
     """Calls that waited or ran on its worker when last heard of."""
 
@@ -66,8 +68,9 @@ class ClusterEvent:
     time_s: float
     """When, in seconds since 1970, by the scheduler's clock."""
     kind: str
-    """`worker-joined`, `worker-lost`, `worker-retiring`, `worker-retired`, `loading`, `loaded`, `unloaded`,
-    `failed`, `executor-lost`, `scaled`, `draining`, `replicas` (a model's replicas are others now)."""
+    """`worker-joined`, `worker-refused`, `worker-lost`, `worker-retiring`, `worker-retired`, `loading`,
+    `loaded`, `unloaded`, `failed`, `executor-lost`, `scaled`, `draining`, `replicas` (a model's replicas are
+    others now)."""
     model: str = ""
     """The model's key, `name@v3`; may be empty."""
     worker: str = ""
@@ -191,6 +194,7 @@ class ClusterLink:
                 address=str(replica["address"]),
                 unix_socket=str(replica["unix_socket"]),
                 host_id=str(replica["host_id"]),
+                is_encrypted=bool(replica["is_encrypted"]),
                 num_pending=int(replica["num_pending"]),
             )
             for replica in reply["replicas"]
@@ -294,7 +298,7 @@ class ClusterLink:
         ::
 
             {"workers": [{"name", "address", "pid", "device", "product", "capacity_bytes", "status",
-                          "is_retiring"}],
+                          "is_retiring", "note": why it is given no models; empty if it is}],
              "models": {key: {"state": "idle" | "waiting" | "loading" | "loaded" | "failed",
                               "replicas": {worker's name: "loading" | "serving" | "draining"},
                               "min_replicas", "max_replicas", "target", "why", "pending": text,

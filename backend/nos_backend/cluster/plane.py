@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -42,6 +43,7 @@ TOPIC: Final = "nos"
 
 #: How long a load waits for a worker that is on its way: a lost one is back after about 2 s.
 _WORKER_WAIT_S: Final = 20.0
+_VERSION: Final = metadata.version("nos-inference")
 #: How often measurements are looked at; workers send theirs twice a second.
 _TICK_S: Final = 0.5
 #: A worker that sent nothing for so long is frozen: it beats twice a second, slower in clusters of hundreds.
@@ -65,6 +67,8 @@ class ServePlane(SchedulerPlugin):
         self._ready: dict[str, str] = {}
         #: Of the connected workers, those that are taken for frozen.
         self._frozen: set[str] = set()
+        #: Of the connected workers, those that are never given models, and why.
+        self._excluded: dict[str, str] = {}
         #: Set and replaced whenever something was decided or heard.
         self._changed = asyncio.Event()
         #: Verifies tickets; empty until the gateway sent it.
@@ -245,6 +249,7 @@ class ServePlane(SchedulerPlugin):
                 "name": str(self._scheduler.workers[address].name),
                 "status": _plain(self._scheduler.workers[address].metrics.get("nos")),
                 "is_retiring": address in self._reconciler.retiring,
+                "note": self._note(address),
             }
             for address in self._serving()
         ]
@@ -254,6 +259,13 @@ class ServePlane(SchedulerPlugin):
             "models": models,
             "num_wanted_workers": self._num_wanted_workers(),
         }
+
+    def _note(self, address: str) -> str:
+        if address in self._excluded:
+            return self._excluded[address]
+        if address in self._frozen:
+            return "it sends nothing"
+        return "" if address in self._ready else "it is on its way"
 
     def _model_state(self, model: Model) -> dict[str, Any]:
         replicas = {
@@ -288,6 +300,7 @@ class ServePlane(SchedulerPlugin):
         """Place the models of a lost worker elsewhere, or have them wait for a new one."""
         try:
             self._frozen.discard(worker)
+            self._excluded.pop(worker, None)
             self._lose(worker)
         except Exception:
             _logger.exception("could not re-place the models of %s", worker)
@@ -311,9 +324,15 @@ class ServePlane(SchedulerPlugin):
     # Moves.
 
     async def _welcome(self, address: str) -> None:
+        name = str(self._scheduler.workers[address].name)
+        version = _plain(self._scheduler.workers[address].extra.get("nos")).get("version")
+        if version != _VERSION:
+            why = f"it runs nos-inference {version}, and this scheduler {_VERSION}"
+            self._excluded[address] = why
+            self._tell("worker-refused", name=name, message=why)
+            return
         if not await self._greet(address) or address not in self._serving():
             return
-        name = str(self._scheduler.workers[address].name)
         self._ready[address] = name
         self._reconciler.joined(self._load_of(address), time.monotonic())
         self._tell("worker-joined", name=name)
@@ -523,6 +542,7 @@ class ServePlane(SchedulerPlugin):
                 {
                     "worker": self._ready[address],
                     **{name: str(facts.get(name, "")) for name in names},
+                    "is_encrypted": bool(facts.get("is_encrypted")),
                     "num_pending": load.num_pending,
                 }
             )

@@ -13,15 +13,19 @@ import os
 import sys
 import time
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import dask.config
 from distributed import Worker
 from distributed.diagnostics.plugin import WorkerPlugin
-from nos.errors import InternalError, NosError, UnavailableError
+from nos.errors import ConfigError, InternalError, NosError, UnavailableError
 
-from nos_backend.cluster.device import WorkerSettings, describe_device, free_bytes
+from nos_backend.cluster.device import WorkerSettings, describe_device, free_bytes, split_paths
+from nos_backend.cluster.launch import WORKER_DEFAULTS
 from nos_backend.definition import ModelDefinition
+from nos_backend.own_memory import hide_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -34,6 +38,10 @@ if TYPE_CHECKING:
     from nos_backend.worker.service import DataPlane
 
 _logger = logging.getLogger(__name__)
+
+# So that `dask worker --worker-class` by hand needs no configuration: this module is imported before the
+# nanny reads it, and what a user configured wins.
+dask.config.update_defaults(dask.config.collect_env(WORKER_DEFAULTS))
 
 _TOPIC: Final = "nos"
 #: A thread that holds the interpreter lock gives it up after this long, not after 5 ms: else small requests
@@ -80,14 +88,17 @@ class HostPlugin(WorkerPlugin):
 
     async def setup(self, worker: Worker) -> None:
         """Start the data plane and add the handlers that the scheduler calls."""
-        from nos.wire.host import host_id
+        from nos.wire.host import host_id, is_loopback
 
         from nos_backend.worker.service import DataPlane
 
+        hide_memory()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         device = describe_device(self._settings.device, os.environ)
         self._worker, self._device = worker, device
-        self._plane = DataPlane(self._make_manager, self._verify, self._settings.host or worker.ip)
+        host = self._settings.host or worker.ip
+        tls = None if is_loopback(host) else _tls_of(worker)
+        self._plane = DataPlane(self._make_manager, self._verify, host, tls=tls)
         await asyncio.to_thread(self._plane.start)
         try:
             await self._refresh()
@@ -96,9 +107,11 @@ class HostPlugin(WorkerPlugin):
             raise InternalError("the data plane ended while it started") from ended
         information = {
             "address": self._plane.address,
+            "is_encrypted": tls is not None,
             "unix_socket": self._plane.unix_socket,
             "host_id": host_id(),
             "pid": os.getpid(),
+            "version": metadata.version("nos-inference"),
             "device": device.name,
             "product": device.product,
             "capacity_bytes": self._status.get("capacity_bytes") or device.memory_bytes,
@@ -222,6 +235,7 @@ class HostPlugin(WorkerPlugin):
     # Called on the data plane's thread.
 
     def _make_manager(self) -> ModelManager:
+        from nos_backend.worker.bounds import BoundsOptions, Confinement
         from nos_backend.worker.environments import EnvironmentOptions, Environments
         from nos_backend.worker.manager import ModelManager
         from nos_backend.worker.memory import MemoryOptions
@@ -243,6 +257,15 @@ class HostPlugin(WorkerPlugin):
         profiles = None
         if settings.profile_s:
             profiles = ProfileOptions(self._device.product, settings.profile_s)
+        confinement = Confinement(
+            BoundsOptions(
+                is_off=settings.confinement == "off",
+                closed=split_paths(settings.closed_paths),
+                readable=split_paths(settings.readable_paths),
+                homes=Path(settings.homes_dir) if settings.homes_dir else None,
+                memory_bytes=settings.executor_bytes,
+            )
+        )
         environments = None
         if settings.environments_dir:
             folder = Path(settings.environments_dir)
@@ -252,6 +275,7 @@ class HostPlugin(WorkerPlugin):
             device=self._device.name,
             memory=memory,
             environments=environments,
+            confinement=confinement,
             profiles=profiles,
             on_event=self._tell,
             probes=Probes(device_room_bytes=partial(free_bytes, self._device.name, os.environ)),
@@ -293,3 +317,26 @@ class HostPlugin(WorkerPlugin):
 
     async def _take_status(self) -> None:
         self._status = {**self._manager.status(), "num_streams": self._plane.num_streams}
+
+
+def _tls_of(worker: Worker) -> tuple[bytes, bytes] | None:
+    """Return the key and the certificate of a worker's Dask comms, for its other port; None if it has none.
+
+    Raises:
+        ConfigError: If clients would not accept them.
+    """
+    from nos_backend.cluster.certificates import check_worker_certificate
+
+    security: Any = worker.security
+    if not security.tls_worker_cert:
+        return None
+    # Dask takes the PEM text itself, too, and a key in the file of its certificate.
+    given = (security.tls_worker_key or security.tls_worker_cert, security.tls_worker_cert)
+    try:
+        key, cert = (text.encode() if "\n" in text else Path(text).read_bytes() for text in given)
+    except OSError as error:
+        raise ConfigError(
+            "the worker's certificate cannot be read", "tls_cert", got=str(error)
+        ) from error
+    check_worker_certificate(cert)
+    return key, cert

@@ -82,6 +82,11 @@ class Recruiter:
             UnavailableError: If no supervisor runs the workers, or the scheduler does not answer.
         """
         crew = self._read()
+        if not crew.names:
+            raise UnavailableError(
+                "this server runs no workers of its own",
+                hint="Start or end workers where they were started",
+            )
         if not 1 <= low <= high <= len(crew.names):
             raise InvalidRequestError(
                 "the numbers of workers are wrong",

@@ -104,7 +104,10 @@ def _worker(worker: dict[str, Any]) -> cluster_pb2.Worker:
         num_streams=now.get("num_streams", 0),
         num_executors=now.get("num_executors", 0),
         is_retiring=worker.get("is_retiring", False),
+        note=worker.get("note", ""),
     )
+    if confinement := now.get("confinement"):
+        described.confinement.CopyFrom(cluster_pb2.Confinement(**confinement))
     device = described.device
     device.name = worker["device"]
     device.product = worker["product"]

@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import grpc
+from nos.wire.local import WORKER_NAME
 from nos.wire.options import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
@@ -23,9 +24,14 @@ RawStream: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
 class WorkerChannel:
     """The two inference methods of one worker, with messages as bytes."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, ca_certificate: bytes) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        if ca_certificate:
+            options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", WORKER_NAME))
+            credentials = grpc.ssl_channel_credentials(ca_certificate)
+            self._channel = grpc.aio.secure_channel(address, credentials, options)
+        else:
+            self._channel = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
         self.run: RawUnary = self._channel.unary_unary(f"{_SERVICE}Run")
         self.stream: RawStream = self._channel.stream_stream(f"{_SERVICE}Stream")
         #: Calls that use it now.
@@ -39,19 +45,26 @@ class WorkerChannel:
 
 
 class Channels:
-    """Hands out channels by address; belongs to the gateway's loop."""
+    """Hands out channels by address; belongs to the gateway's loop.
 
-    def __init__(self) -> None:
+    Args:
+        ca_certificate: PEM of what signed the certificates of the workers that encrypt; empty if none does.
+    """
+
+    def __init__(self, ca_certificate: bytes = b"") -> None:
+        self._ca_certificate = ca_certificate
         self._channels: dict[str, WorkerChannel] = {}
         #: Closings under way, held so that they are not collected.
         self._closing: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
-    def use(self, address: str) -> Iterator[WorkerChannel]:
-        """Give the channel to an address for the time of one call."""
+    def use(self, placement: Placement) -> Iterator[WorkerChannel]:
+        """Give the channel to a worker for the time of one call."""
+        address = placement.address
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = WorkerChannel(address)
+            shown = self._ca_certificate if placement.is_encrypted else b""
+            channel = self._channels[address] = WorkerChannel(address, shown)
         channel.num_calls += 1
         try:
             yield channel

@@ -40,6 +40,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         events: Events,
         recruiter: Recruiter,
         notices: Sequence[str] = (),
+        ca_certificate: bytes = b"",
     ) -> None:
         self._cluster = cluster
         self._catalogue = catalogue
@@ -48,6 +49,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         self._events = events
         self._recruiter = recruiter
         self._notices = notices
+        self._ca_certificate = ca_certificate
         self._started_s = time.monotonic()
         #: Set by whoever drains the server.
         self.is_draining = False
@@ -107,12 +109,14 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
                     address=placement.address,
                     unix_socket=placement.unix_socket,
                     host_id=placement.host_id,
+                    is_encrypted=placement.is_encrypted,
                     num_pending=placement.num_pending,
                 )
                 for placement in way.placements
             ],
             ticket=way.ticket,
             ticket_ttl_s=self._resolver.ttl_s(caller()),
+            ca_certificate=self._ca_certificate,
             spec=way.version.spec,
             refresh_s=_REFRESH_S,
         )

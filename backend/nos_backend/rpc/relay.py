@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from nos.errors import InvalidRequestError, NosError, Reason, UnauthenticatedError, UnavailableError
-from nos.wire import status
+from nos.wire import frames, status
 from nos.wire.limits import ERROR_KEY, MODEL_KEY, TICKET_KEY, WORKER_KEY
 from nos.wire.v1 import inference_pb2
 
@@ -61,7 +61,7 @@ class Relay:
     async def run(self, request: bytes, context: Context) -> bytes:
         """Pass one call on."""
         way = await self._resolver.resolve(_model(context), caller(), self._channels.least_used)
-        with self._channels.use(way.placement.address) as channel:
+        with self._channels.use(way.placement) as channel:
             try:
                 return await channel.run(
                     request, metadata=_metadata(way), timeout=context.time_remaining()
@@ -80,7 +80,7 @@ class Relay:
             return
         # The client may have waited: what was found and signed then may have gone stale.
         way = await self._resolver.resolve(way.version.key, identity, choose)
-        with self._channels.use(way.placement.address) as channel:
+        with self._channels.use(way.placement) as channel:
             call = channel.stream(metadata=_metadata(way))
             stream = _RelayedStream(call, context)
             self._streams.add(stream)
@@ -151,6 +151,8 @@ class _RelayedStream:
         # gRPC takes one message at a time and direction.
         self._up = asyncio.Lock()
         self._down = asyncio.Lock()
+        #: As the worker names the stream; for logs.
+        self._id = ""
 
     async def pump(
         self, first: bytes, requests: AsyncIterator[bytes], renewals: AsyncIterator[bytes]
@@ -164,6 +166,8 @@ class _RelayedStream:
         upward = asyncio.create_task(self._pump_up(first, requests, renewals))
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
+                if _logger.isEnabledFor(logging.DEBUG):
+                    self._log_down(message)
                 await self.send_down(message)
             code = await self._call.code()
             if code is not grpc.StatusCode.OK:
@@ -212,7 +216,24 @@ class _RelayedStream:
             async for message in renewals:
                 await self._send_up(message)
 
+    def _log_down(self, message: Any) -> None:
+        """Note whose answer this is; only where somebody reads that, since it takes the message apart."""
+        with contextlib.suppress(NosError):  # the client finds out
+            header, data = frames.split(inference_pb2.StreamResponse, message)
+            if header.HasField("welcome"):
+                self._id = header.welcome.stream_id
+            if header.seq:
+                _logger.debug("frame %s/%d: %d bytes down", self._id, header.seq, data.nbytes)
+
+    def _log_up(self, message: bytes) -> None:
+        with contextlib.suppress(NosError):
+            header, data = frames.split(inference_pb2.StreamRequest, message)
+            if header.seq:
+                _logger.debug("frame %s/%d: %d bytes up", self._id, header.seq, data.nbytes)
+
     async def _send_up(self, message: bytes) -> None:
+        if _logger.isEnabledFor(logging.DEBUG):
+            self._log_up(message)
         async with self._up:
             await self._call.write(message)
 

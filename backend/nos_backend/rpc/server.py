@@ -71,6 +71,7 @@ class GatewayServer:
         failures: Failures | None = None,
         ticket_ttl_s: float = TICKET_TTL_S,
         crew_file: Path | None = None,
+        ca_certificate: bytes = b"",
     ) -> None:
         """Put the server together; nothing listens yet.
 
@@ -84,6 +85,7 @@ class GatewayServer:
             failures: Counts failed logins; None for one with the usual limit.
             ticket_ttl_s: How long tickets last.
             crew_file: Where the supervisor says which workers there may be; None without one.
+            ca_certificate: PEM of what signed the workers' certificates; empty where none encrypts.
 
         Raises:
             ConfigError: If a served method declares no permission.
@@ -96,7 +98,7 @@ class GatewayServer:
         self._metrics: Metrics | None = None
         self._profiles = Profiles(registry, cluster)
         self._resolver = Resolver(catalogue, cluster, signer, ticket_ttl_s, self._profiles.of)
-        self._channels = Channels()
+        self._channels = Channels(ca_certificate)
         self._recruiter = Recruiter(crew_file, cluster)
         self._clusters = ClusterService(
             cluster,
@@ -106,6 +108,7 @@ class GatewayServer:
             self._events,
             self._recruiter,
             registry.notices,
+            ca_certificate,
         )
         self._relay = Relay(self._resolver, self._channels)
         self._health = health.aio.HealthServicer()

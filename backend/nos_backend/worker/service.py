@@ -24,6 +24,7 @@ from nos.errors import (
     UnavailableError,
 )
 from nos.wire import frames
+from nos.wire.host import is_loopback
 from nos.wire.limits import ALIGNMENT_BYTES, ERROR_KEY, MAX_STREAMS, MESSAGE_BYTES, TICKET_KEY
 from nos.wire.options import SERVER_OPTIONS
 from nos.wire.status import code_of, to_message
@@ -75,6 +76,7 @@ class DataPlane:
         host: str,
         port: int = 0,
         max_streams: int = MAX_STREAMS,
+        tls: tuple[bytes, bytes] | None = None,
     ) -> None:
         """Make one that does not run yet.
 
@@ -85,12 +87,14 @@ class DataPlane:
             host: Where to listen.
             port: 0 means any free one.
             max_streams: How many streams it serves at once.
+            tls: Private key and certificate, PEM; None for a port without TLS, which is for loopback only.
         """
         self._manager_factory = manager_factory
         self._verify = verify
         self._host = host
         self._port = port
         self._max_streams = max_streams
+        self._tls = tls
         self._thread = threading.Thread(target=self._main, name="nos-data-plane", daemon=True)
         self._loop: asyncio.AbstractEventLoop
         self._manager: ModelManager
@@ -106,7 +110,7 @@ class DataPlane:
     @property
     def address(self) -> str:
         """Where it listens, `host:port`; known once started."""
-        return f"{self._host}:{self._port}"
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
 
     @property
     def unix_socket(self) -> str:
@@ -117,8 +121,16 @@ class DataPlane:
         """Start the thread and wait until the server listens.
 
         Raises:
-            ConfigError: If the address cannot be used.
+            ConfigError: If the address cannot be used, or others could listen to what is said there.
         """
+        if self._tls is None and not is_loopback(self._host):
+            raise ConfigError(
+                "the worker's port would be open to others without TLS",
+                "host",
+                "a loopback address, or certificates: --tls-ca-file, --tls-cert, --tls-key",
+                self._host,
+                "Make them with `nos cluster certs`",
+            )
         self._thread.start()
         self._started.result(_START_TIMEOUT_S)
 
@@ -189,7 +201,11 @@ class DataPlane:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers((_Port(self, self._verify),))
         try:
-            self._port = server.add_insecure_port(f"{self._host}:{self._port}")
+            if self._tls is None:
+                self._port = server.add_insecure_port(self.address)
+            else:
+                credentials = grpc.ssl_server_credentials([self._tls])
+                self._port = server.add_secure_port(self.address, credentials)
         except RuntimeError as error:
             raise ConfigError(
                 "the data plane cannot listen there", "port", "a free port", self.address

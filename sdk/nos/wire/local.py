@@ -38,6 +38,8 @@ LOG_FOLDER_NAME: Final = "logs"
 TLS_SCHEME: Final = "tls://"
 #: What the certificate that a server made for itself is for, whatever its address.
 OWN_NAME: Final = "nos-server"
+#: What the certificates of workers are for, whatever their addresses.
+WORKER_NAME: Final = "nos-internal"
 
 _POLL_S: Final = 0.05
 

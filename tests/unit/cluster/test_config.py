@@ -35,11 +35,20 @@ def test_folders_of_models_come_from_several_flags_or_one_variable(tmp_path, mon
     [
         ({"port": "abc"}, "bad --port: expected a valid integer.*got 'abc'"),
         ({"port": "70000"}, "bad --port: expected less than or equal to 65535, got '70000'"),
-        ({"device": "gpu"}, "bad --device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "gpu"}, "bad --device: expected auto, cpu, cuda, cuda:N or none, got 'gpu'"),
         ({"log_level": "loud"}, "bad --log-level: expected 'debug', 'info'.*got 'loud'"),
         ({"host": "my.host"}, "bad --host: expected an IP address.*got 'my.host'"),
         ({"tls_cert": "cert.pem"}, "both --tls-cert and --tls-key"),
         ({"scheduler": "tcp://10.0.0.1:8786"}, "bad --scheduler: .*got 'tcp://10.0.0.1:8786'"),
+        ({"scheduler": "http://here"}, "bad --scheduler: expected tls://host:port .*'http://here'"),
+        (
+            {"scheduler": "tls://10.0.0.1:8786"},
+            "bad --tls-dir: .*got none|--tls-dir with .*got none",
+        ),
+        (
+            {"worker_host": "0.0.0.0"},
+            "bad --worker-host: expected one address that clients can use",
+        ),
         ({"models": ["/no/where"]}, "bad --models: expected an existing folder, got '/no/where'"),
         ({"capacity_bytes": "lots"}, "bad --capacity-bytes: .*got 'lots'"),
         ({"capacity_bytes": "0"}, "bad --capacity-bytes: expected greater than 0, got '0'"),
