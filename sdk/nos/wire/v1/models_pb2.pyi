@@ -370,6 +370,8 @@ class ModelSpec(_message.Message):
     IS_PINNED_FIELD_NUMBER: _builtins.int
     IDLE_UNLOAD_S_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, for instance `nos/digits`."""
     version: _builtins.int
@@ -394,6 +396,10 @@ class ModelSpec(_message.Message):
     """After how many seconds without use it leaves the device although nobody needs the room; 0 means never,
     absent what the server does with all models.
     """
+    memory_bytes: _builtins.int
+    """The least bytes of a device's memory that models may use where it runs; 0 means any."""
+    placement: _builtins.str
+    """`spread` (replicas on as many devices as can be) or `pack` (on as few); empty means `spread`."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___Method]:
         """Its public methods."""
@@ -418,10 +424,12 @@ class ModelSpec(_message.Message):
         is_pinned: _builtins.bool = ...,
         idle_unload_s: _builtins.float | None = ...,
         environment: _abc.Iterable[_builtins.str] | None = ...,
+        memory_bytes: _builtins.int = ...,
+        placement: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "idle_unload_s", b"idle_unload_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "call_timeout_s", b"call_timeout_s", "device", b"device", "doc", b"doc", "environment", b"environment", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned", "isolation", b"isolation", "methods", b"methods", "name", b"name", "owner", b"owner", "source_sha256", b"source_sha256", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s", "call_timeout_s", b"call_timeout_s", "device", b"device", "doc", b"doc", "environment", b"environment", "idle_unload_s", b"idle_unload_s", "is_pinned", b"is_pinned", "isolation", b"isolation", "memory_bytes", b"memory_bytes", "methods", b"methods", "name", b"name", "owner", b"owner", "placement", b"placement", "source_sha256", b"source_sha256", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__idle_unload_s: _TypeAlias = _typing.Literal["idle_unload_s"]  # noqa: Y015
     _WhichOneofArgType__idle_unload_s: _TypeAlias = _typing.Literal["_idle_unload_s", b"_idle_unload_s"]  # noqa: Y015
@@ -1026,24 +1034,38 @@ class ScaleModelRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MIN_REPLICAS_FIELD_NUMBER: _builtins.int
     MAX_REPLICAS_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`name`."""
     min_replicas: _builtins.int
     """At least so many."""
     max_replicas: _builtins.int
     """At most so many."""
+    device: _builtins.str
+    """As in `ModelSpec`; empty leaves it as it is."""
+    memory_bytes: _builtins.int
+    """As in `ModelSpec`, in bytes; absent leaves it as it is."""
+    placement: _builtins.str
+    """As in `ModelSpec`; empty leaves it as it is."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         min_replicas: _builtins.int = ...,
         max_replicas: _builtins.int = ...,
+        device: _builtins.str = ...,
+        memory_bytes: _builtins.int | None = ...,
+        placement: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "memory_bytes", b"memory_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes", "device", b"device", "max_replicas", b"max_replicas", "memory_bytes", b"memory_bytes", "min_replicas", b"min_replicas", "model", b"model", "placement", b"placement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
 
 Global___ScaleModelRequest: _TypeAlias = ScaleModelRequest  # noqa: Y015
 
