@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, target: Target, timeout_s: float, via: Via) -> None:
         self.target = target
         self.timeout_s = timeout_s
-        self._via = via
+        self._via: Via = via
         self._reset()
         _fork.register(self)
 
@@ -71,14 +71,34 @@ class Engine:
         self._avoid: dict[str, float] = {}
         self._has_timekeeper = False
         self._is_closed = False
+        self._aside: Engine | None = None
 
     def forget(self) -> list[object]:
         """See `nos._fork.Forgetful`."""
-        held: list[object] = [self._lock, self._transports, self._links, self._all_links]
+        held: list[object] = [
+            self._lock,
+            self._transports,
+            self._links,
+            self._all_links,
+            self._aside,
+        ]
         was_closed = self._is_closed
         self._reset()
         self._is_closed = was_closed
         return held
+
+    @property
+    def via(self) -> Via:
+        """Which ways it may go."""
+        return self._via
+
+    def aside(self) -> Engine:
+        """Return an engine for large jobs, with streams of its own; it is closed with this one."""
+        with self._lock:
+            self._check_open()
+            if self._aside is None:
+                self._aside = Engine(self.target, self.timeout_s, self._via)
+            return self._aside
 
     def call(self, rpc: Rpc[T], timeout_s: float | None = None) -> Future[T]:
         """Start a call of the control plane."""
@@ -164,6 +184,9 @@ class Engine:
             self._links.clear()
             self._transports.clear()
             self._lock.notify_all()
+            aside, self._aside = self._aside, None
+        if aside is not None:
+            aside.close()
         error = StreamClosedError("the client was closed")
         for link in links:
             link.close(error)

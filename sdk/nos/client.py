@@ -14,6 +14,7 @@ from nos import _address, _bench, _control, _profile, _registering, _stats, _tim
 from nos._channel import check_listening
 from nos._engine import Engine, Feed, Via
 from nos._stream import Policy, StreamCore, flow_of
+from nos.bulk import BulkHandle, BulkMethod
 from nos.errors import StreamClosedError
 from nos.handles import HandleCore, MethodCore
 
@@ -418,7 +419,7 @@ class Items:
             self.close()
 
 
-class Method(MethodCore):
+class Method(MethodCore, BulkMethod):
     """A method of a remote model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -644,7 +645,7 @@ class Stream:
         self.close()
 
 
-class ModelHandle(HandleCore):
+class ModelHandle(HandleCore, BulkHandle):
     """A remote model that is called like a local one.
 
     `model(x)` runs it; its public methods are attributes (`model.encode(x)`), each with `submit`, `map` and

@@ -71,10 +71,10 @@ def _says_more(wants: str) -> bool:
 
 
 def _form(
-    args: Sequence[Any], kwargs: Mapping[str, Any], timeout_s: float | None
+    args: Sequence[Any], kwargs: Mapping[str, Any], timeout_s: float | None, is_bulk: bool
 ) -> tuple[Hashable, ...] | None:
     """Return what a call's header depends on, if its arguments are nothing but plain arrays; else None."""
-    form: list[Hashable] = [timeout_s, *kwargs]
+    form: list[Hashable] = [timeout_s, is_bulk, *kwargs]
     for value in (*args, *kwargs.values()):
         if type(value) is not np.ndarray or not values.is_plain(value):
             return None
@@ -102,7 +102,12 @@ class MethodCore:
         return f"<{self._spec.key} {self.info}>"
 
     def _prepare(
-        self, args: Sequence[Any], kwargs: dict[str, Any], timeout_s: float | None
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        timeout_s: float | None,
+        *,
+        is_bulk: bool = False,
     ) -> Call:
         """Check a call and make it ready; nothing has been sent yet.
 
@@ -113,7 +118,7 @@ class MethodCore:
             raise InvalidRequestError(
                 "the time limit is wrong", "timeout_s", "seconds above 0, or None", repr(timeout_s)
             )
-        form = _form(args, kwargs, timeout_s)
+        form = _form(args, kwargs, timeout_s, is_bulk)
         header = self._headers.get(form) if form else None
         if header is not None:
             payload = values.write_arrays((*args, *kwargs.values()))
@@ -126,6 +131,7 @@ class MethodCore:
             arguments=nodes,
             timeout_s=timeout_s or 0.0,
             data_bytes=payload.size,
+            is_bulk=is_bulk,
         ).SerializeToString()
         if form:
             if len(self._headers) >= _MAX_HEADERS:

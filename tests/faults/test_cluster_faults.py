@@ -7,8 +7,11 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import dask.array as da
 import nos
+import numpy as np
 import psutil
 import pytest
 from nos.errors import NosError
@@ -140,6 +143,25 @@ def test_a_killed_workers_model_is_served_again_and_the_gateway_is_told_at_once(
         accept.figure(time.monotonic() - killed_s, 0.1, "s until the gateway knew")
     wait_for(lambda: name not in replicas(control, MODEL) and replicas(control), "it is served")
     assert control.model(MODEL)(0.0) == 0.0
+
+
+@pytest.mark.accept("A6", "E7")
+def test_a_large_job_outlives_a_worker_with_each_row_once_and_in_its_place(control):
+    control.scale(MODEL, replicas=2)
+    wait_for(lambda: len(replicas(control)) == 2, "two replicas", PATIENCE_S)
+    waits_s = np.linspace(0.008, 0.012, 500)
+    blocks = control.model(MODEL).map_blocks(da.from_array(waits_s, chunks=125))
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(blocks.compute, scheduler="threads", num_workers=2)
+        answered = counted(control)
+        wait_for(lambda: counted(control) >= answered + 60, "a part of the job", PATIENCE_S)
+        assert not job.done()
+        os.kill(pid_of(control, replicas(control)[0]), signal.SIGKILL)
+        assert job.result(PATIENCE_S).tolist() == waits_s.tolist()
+
+
+def counted(client):
+    return sum(it.num_answered for it in client.info(MODEL).replicas)
 
 
 class Chaos:
