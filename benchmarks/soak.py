@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -31,7 +32,7 @@ from nos.errors import (
     OverloadedError,
     UnavailableError,
 )
-from nos.wire.local import read_backend
+from nos.wire.local import LOG_FOLDER_NAME, read_backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,12 +47,23 @@ WARM_UP_S = 20.0
 SETTLE_S = 60.0
 #: How much more may be held at the end than at the beginning.
 GROWTH = 0.05
-GROWTH_BYTES = 160 << 20  # an executor more or less, which a profile may have at the moment
-GROWTH_FDS = 32
+GROWTH_BYTES = 64 << 20
+GROWTH_FDS = 16
 GROWTH_THREADS = 8
+#: What tells the processes of a server apart, the first that fits.
+ROLES = {
+    "forkserver": "fork server",
+    "resource_tracker": "resource tracker",
+    "multiprocessing": "worker",
+    "dask_worker": "nanny",
+    "dask_scheduler": "scheduler",
+    "nos_backend.app": "gateway",
+    "nos": "supervisor",
+}
 #: What faults explain; anything else is a defect.
 EXPLAINED = (ExecutorLostError, OutOfDeviceMemoryError, OverloadedError, UnavailableError)
 
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TIGHT = """
 from typing import Annotated
 import nos, torch
@@ -75,35 +87,89 @@ class Tight:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return x * self.weight[-1]
 """
+OWNERS = ("nos", "local")
+BUILT_IN = ("nos/echo", "nos/digits", "nos/edges", MINILM)
 FACTORS = {"soak/two": 2.0, "soak/three": 3.0, "soak/five": 5.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a server's processes hold together."""
+    """What one process holds, or several together."""
 
-    anonymous_bytes: int
-    fds: int
-    threads: int
-    memfds: int
+    anonymous_bytes: int = 0
+    """Of a page that several processes share, as executors do with their fork server, each its part."""
+    fds: int = 0
+    threads: int = 0
+    memfds: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.anonymous_bytes + other.anonymous_bytes,
+            self.fds + other.fds,
+            self.threads + other.threads,
+            self.memfds + other.memfds,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.anonymous_bytes / 2**20:6.1f} MiB anonymous, {self.fds:3} fds,"
+            f" {self.threads:3} threads, {self.memfds:2} memfds"
+        )
 
 
-def usage(supervisor: psutil.Process) -> Usage:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a server's processes hold."""
+
+    by_process: dict[str, Usage]
+    """By role and process, as `worker 4711`."""
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether each owner has its one executor, and none is there to construct or to measure."""
+        executors = [name for name in self.by_process if name.startswith("nos:")]
+        return sum("forkserver" not in name for name in executors) == len(OWNERS)
+
+    @property
+    def total(self) -> Usage:
+        """All together."""
+        return sum(self.by_process.values(), Usage())
+
+    def __str__(self) -> str:
+        lines = [f"  {name:32}{use}" for name, use in sorted(self.by_process.items())]
+        return "\n".join([*lines, f"  {'all':32}{self.total}"])
+
+
+def role_of(process: psutil.Process) -> str:
+    """Return what a process of a server is for: executors by their owner, the others by their program."""
+    if process.name().startswith("nos:"):
+        return process.name()
+    words = " ".join(process.cmdline())
+    for mark, role in ROLES.items():
+        if mark in words:
+            return role
+    return process.name()
+
+
+def usage(supervisor: psutil.Process) -> Held:
     """Return what is held now; a process that just ended counts as nothing."""
-    found = [0, 0, 0, 0]
+    found = {}
     for process in [supervisor, *supervisor.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error, OSError):
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        # A zombie has no rollup, and what it held is gone.
+        with contextlib.suppress(psutil.Error, OSError, StopIteration):
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            shared_kib = next(line for line in rollup if line.startswith("Pss_Anon:")).split()[1]
             links = []
             for path in Path(f"/proc/{process.pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
                     links.append(str(path.readlink()))
-            found[0] += int(fields["RssAnon"].split()[0]) * 1024
-            found[1] += len(links)
-            found[2] += int(fields["Threads"])
-            found[3] += sum("memfd:nos-weights" in link for link in links)
-    return Usage(*found)
+            found[f"{role_of(process)} {process.pid}"] = Usage(
+                int(shared_kib) * 1024,
+                len(links),
+                process.num_threads(),
+                sum("memfd:nos-weights" in link for link in links),
+            )
+    return Held(found)
 
 
 class Load:
@@ -184,7 +250,7 @@ class Load:
         self.counts["digits"] += 1
 
     def _sentences(self) -> None:
-        encode = self._client.model("sentence-transformers/all-MiniLM-L6-v2")
+        encode = self._client.model(MINILM)
         assert encode(["one sentence", "and another"]).shape == (2, 384)
         self.counts["sentences"] += 1
         self._stop.wait(0.05)
@@ -262,9 +328,14 @@ def grown(before: Usage, after: Usage, slack: float) -> list[str]:
     ]
 
 
-def settled(load: Load, supervisor: psutil.Process, is_enough: Callable[[Usage], bool]) -> Usage:
-    """Return what is held at rest, all models loaded; waits a while until that is enough."""
+def settled(client: nos.Client, load: Load, supervisor: psutil.Process) -> Held:
+    """Return what is held at rest: all models loaded afresh, and nobody measures them any more.
+
+    A model that was blamed for two kills has an executor of its own until it is unloaded.
+    """
     deadline = time.monotonic() + SETTLE_S
+    for name in [*FACTORS, *BUILT_IN]:
+        client.unload(name)
     while True:
         try:
             load.touch_all()
@@ -273,9 +344,9 @@ def settled(load: Load, supervisor: psutil.Process, is_enough: Callable[[Usage],
                 raise
             time.sleep(1.0)
             continue
-        time.sleep(2.0)
+        time.sleep(1.0)
         found = usage(supervisor)
-        if is_enough(found) or time.monotonic() > deadline:
+        if found.is_resting or time.monotonic() > deadline:
             return found
 
 
@@ -288,7 +359,7 @@ def soak(client: nos.Client, supervisor: psutil.Process, seconds: float, slack: 
     warm_up.start()
     time.sleep(min(WARM_UP_S, seconds / 2))
     warm_up.stop()
-    before = settled(load, supervisor, lambda _: True)
+    before = settled(client, load, supervisor)
     killer = Killer(supervisor, load.faults)
     end_s, next_line_s = time.monotonic() + seconds, time.monotonic() + LINE_S
     load.start()
@@ -299,18 +370,19 @@ def soak(client: nos.Client, supervisor: psutil.Process, seconds: float, slack: 
             if time.monotonic() >= next_line_s:
                 next_line_s += LINE_S
                 print(f"{dict(load.counts)}; {len(load.defects)} defects", flush=True)
+                print(usage(supervisor), flush=True)
     finally:
         load.stop()
-    after = settled(load, supervisor, lambda found: not grown(before, found, slack))
+    after = settled(client, load, supervisor)
     print(f"answered: {dict(load.counts)}")
-    print(f"held before: {before}")
-    print(f"held after:  {after}")
+    print(f"held before:\n{before}")
+    print(f"held after:\n{after}")
     faults = ", ".join(f"{count} {name}" for name, count in sorted(load.faults.items()))
     print(f"faults injected: {sum(load.faults.values())} ({faults})")
     missing = [
         f"no {name} injected" for name in ("kills", "out of memory") if not load.faults[name]
     ]
-    return [*warm_up.defects, *load.defects, *grown(before, after, slack), *missing]
+    return [*warm_up.defects, *load.defects, *grown(before.total, after.total, slack), *missing]
 
 
 def main() -> None:
@@ -320,6 +392,7 @@ def main() -> None:
     parser.add_argument(
         "--slack", type=float, default=1.0, help="how many times as much growth may pass"
     )
+    parser.add_argument("--logs", type=Path, help="where to keep the server's logs if it fails")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nos-soak-") as state_dir:
         client = nos.start(state_dir=state_dir, owned=True, capacity_bytes=CAPACITY)
@@ -333,6 +406,8 @@ def main() -> None:
         finally:
             client.close()
             nos.stop(state_dir=state_dir)
+        if wrong and options.logs:
+            shutil.copytree(Path(state_dir) / LOG_FOLDER_NAME, options.logs, dirs_exist_ok=True)
     for line in wrong[:20]:
         print(line)
     print(f"verdict: {'FAILED' if wrong else 'passed'}")

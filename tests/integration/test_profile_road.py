@@ -12,7 +12,7 @@ import pytest
 from nos.cli import run_command
 from nos.errors import InvalidRequestError, ModelNotFoundError
 
-from tests.servers import Server, start_server
+from tests.servers import Server, start_server, wait_for
 
 SOURCE = """
 from typing import Annotated
@@ -29,6 +29,25 @@ class Net(nn.Module):
     def forward(self, x: Rows) -> Rows:
         return self.net(x)
 """
+TIGHT = """
+import time
+from typing import Annotated
+import nos, torch
+
+Rows = Annotated[torch.Tensor, "float32[batch, 2]"]
+
+@nos.model(name="me/tight")
+class Tight:
+    def __init__(self):
+        self.most = 64
+    def fill(self, most: int):
+        self.most = most
+        time.sleep(0.5)
+    def __call__(self, x: Rows) -> Rows:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return x
+"""
 OPEN = SOURCE.replace('"float32[batch, 64]"', '"float32[batch, width]"').replace(
     "me/net", "me/open"
 )
@@ -42,14 +61,20 @@ def connect(server: Server) -> nos.Client:
 def test_a_profile_is_made_shown_and_known_after_a_restart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And what batches taught is known as well."""
     server = start_server(tmp_path, "--profile-s", "60")
     try:
         found = look(server, capsys)
+        note = learn(server)
+        assert "at most" in note
     finally:
         server.stop()
     again = start_server(tmp_path, "--profile-s", "60")
     try:
         look_again(again, found)
+        with connect(again) as client:
+            client.load("me/tight")
+            assert note_of(client, "me/tight") == note
     finally:
         again.stop()
 
@@ -86,6 +111,24 @@ def look(server: Server, capsys: pytest.CaptureFixture[str]) -> nos.Profile:
     capsys.readouterr()
 
     return found
+
+
+def learn(server: Server) -> str:
+    """Have a batch that does not fit; returns what is said of the model from then on."""
+    with connect(server) as client:
+        client.register(TIGHT)
+        tight = client.model("me/tight")
+        tight.fill(3)
+        full = tight.fill.submit(3)
+        calls = [tight.submit(np.full((1, 2), number, np.float32)) for number in range(12)]
+        full.result(60)
+        assert [call.result(60)[0, 0] for call in calls] == list(range(12))
+        return note_of(client, "me/tight")
+
+
+def note_of(client: nos.Client, model: str) -> str:
+    """What the cluster says of a model, once it says something."""
+    return wait_for(lambda: client.info(model).replicas[0].note, "its note")
 
 
 def look_again(server: Server, known: nos.Profile) -> None:

@@ -63,10 +63,10 @@ class Profiles:
         """
         key = version.key
         deadline_s = time.monotonic() + _PATIENCE_S
-        while key not in self._known:
+        while not self._measured(key):
             await resolver.load(version)
             found = await self._fetch(key)
-            if key in self._known:
+            if self._measured(key):
                 break
             states = {str(item.get("state")) for item in found}
             if "waits for a call" in states:
@@ -83,7 +83,11 @@ class Profiles:
                     f"{key} has no profile yet", "model", hint="The device is busy; try again later"
                 )
             await asyncio.sleep(_POLL_S)
-        return max(self._known[key].values(), key=lambda profile: profile.time_s)
+        return max(self._measured(key), key=lambda profile: profile.time_s)
+
+    def _measured(self, key: str) -> list[models_pb2.Profile]:
+        """Return the profiles of a version that say more than what its batches taught."""
+        return [profile for profile in self._known.get(key, {}).values() if profile.methods]
 
     def forget(self, name: str) -> None:
         """A model was deleted, with all its versions."""

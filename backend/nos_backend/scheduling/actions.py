@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from nos.errors import NosError
 
+    from nos_backend.scheduling.caps import Cap
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -112,6 +114,15 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Capped:
+    """A model's batches have other limits by what they taught; to be given back when it is opened again."""
+
+    model: str
+    cap: Cap | None
+    """None: no more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     """A model under `drain` has no request left."""
 
@@ -119,5 +130,5 @@ class Drained:
 
 
 Action: TypeAlias = (
-    Start | Refuse | End | PutBack | Culprit | CancelCall | KillExecutor | Held | Drained
+    Start | Refuse | End | PutBack | Culprit | CancelCall | KillExecutor | Held | Capped | Drained
 )

@@ -32,6 +32,7 @@ from nos_backend.scheduling.actions import (
     Action,
     Batch,
     CancelCall,
+    Capped,
     Culprit,
     Drained,
     End,
@@ -52,17 +53,21 @@ from nos_backend.scheduling.admission import (
     work_s,
 )
 from nos_backend.scheduling.batching import BatchLimits, form, gather_window_s, is_doomed
+from nos_backend.scheduling.caps import after_run, lowered
 from nos_backend.scheduling.lanes import Lane, Lanes, Model
-from nos_backend.scheduling.suspects import Suspects
+from nos_backend.scheduling.suspects import Incident, Suspects
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    from nos_backend.scheduling.caps import Cap
 
 __all__ = [
     "Action",
     "Batch",
     "BatchLimits",
     "CancelCall",
+    "Capped",
     "Culprit",
     "DeviceQueue",
     "Drained",
@@ -138,6 +143,8 @@ class DeviceQueue:
         self._executors: dict[str, _Executor] = {}
         self._lanes = Lanes()
         self._suspects = Suspects()
+        #: Batches that ended their executor and whose requests do not, for the next ones to be smaller.
+        self._unexplained: list[Incident] = []
         #: Requests that were started and have had no `End` yet: which executor runs them.
         self._running: dict[int, str] = {}
         #: (deadline, request); stale entries are skipped.
@@ -192,15 +199,16 @@ class DeviceQueue:
         now_s: float,
         call_timeout_s: float = 0.0,
         limits: BatchLimits | None = None,
+        cap: Cap | None = None,
     ) -> list[Action]:
         """A model can run on an executor, for the first time or again; 0 means no timeout.
 
-        `limits` count the first time only, so that what `shrink` learnt stays.
+        `limits` and `cap`, which was learnt before, count the first time only.
         """
         found = self._models.get(model)
         if found is None:
             found = self._models[model] = Model(model, executor, call_timeout_s)
-            found.limits = limits or found.limits
+            found.keep_to(limits or found.advised, cap)
         found.executor, found.call_timeout_s = executor, call_timeout_s
         found.is_ready = True
         self._executors.setdefault(executor, _Executor())
@@ -270,6 +278,8 @@ class DeviceQueue:
         ends: list[Action] = [End(item, None) for item in live]
         if batch.is_suspect:
             self._clear_suspects(batch.requests)
+        elif model.cap is not None and not running.is_separate:
+            ends += self._went_together(model, batch, now_s)
         return ends + self._after_run(running, executor) + self._advance(now_s)
 
     def separated(self, batch_id: int, executor: str) -> None:
@@ -287,14 +297,27 @@ class DeviceQueue:
         if running.kill_s is not None:
             running.kill_s = now_s + running.model.call_timeout_s
 
-    def shrink(self, model: str, max_rows: int) -> int:
-        """Let a model's batches have fewer rows, for as long as it is open; return how many at most."""
+    def failed_together(
+        self, model: str, rows: int, *, now_s: float, is_final: bool = False
+    ) -> list[Action]:
+        """A batch of so many rows failed as a whole: the next ones have fewer; one row each if `is_final`."""
         found = self._models.get(model)
         if found is None:
-            return 1
-        rows = max(1, min(max_rows, found.limits.max_rows))
-        found.limits = replace(found.limits, max_rows=rows)
-        return rows
+            return []
+        found.keep_to(found.advised, lowered(found.cap, rows, now_s, is_final=is_final))
+        return [Capped(model, found.cap)]
+
+    @staticmethod
+    def _went_together(model: Model, batch: Batch, now_s: float) -> list[Action]:
+        """A batch of a model that has a cap went well: see whether larger ones may be tried."""
+        if model.cap is None:
+            return []
+        rows = batch.rows if len(batch.requests) > 1 else 0
+        cap = after_run(model.cap, rows, now_s)
+        if cap is model.cap:
+            return []
+        model.keep_to(model.advised, cap)
+        return [Capped(model.name, cap)]
 
     def advise(self, model: str, max_rows: int, times: Iterable[tuple[int, float]]) -> None:
         """Take what a profile says of a model that is open: its best batch (0: none), seconds by rows."""
@@ -302,7 +325,7 @@ class DeviceQueue:
         if found is None:
             return
         if max_rows:
-            found.limits = replace(found.limits, max_rows=max_rows)
+            found.keep_to(replace(found.advised, max_rows=max_rows), found.cap)
         for rows, took_s in times:
             found.time.observe(rows, took_s)
 
@@ -381,14 +404,21 @@ class DeviceQueue:
 
     def _clear_suspects(self, requests: Iterable[Request]) -> None:
         """See whether each request of a batch that ended an executor is harmless by itself."""
-        for incident in self._suspects.clear(requests, self.is_live):
+        self._unexplained += self._suspects.clear(requests, self.is_live)
+
+    def _learn(self, now_s: float) -> list[Action]:
+        """Have batches smaller than those that ended executors although none of their requests does."""
+        actions: list[Action] = []
+        unexplained, self._unexplained = self._unexplained, []
+        for incident in unexplained:
             model = self._models.get(incident.model)
             if model is not None:
                 model.num_unexplained += 1
                 if (
                     model.num_unexplained > 1
                 ):  # once may be anything: a signal, the machine's memory
-                    self.shrink(incident.model, incident.rows // 2)
+                    actions += self.failed_together(incident.model, incident.rows, now_s=now_s)
+        return actions
 
     def _admit(self, request: Request, now_s: float) -> NosError | list[Action]:
         """Return why a request is refused, or what ends because it is admitted."""
@@ -437,7 +467,7 @@ class DeviceQueue:
 
     def _advance(self, now_s: float) -> list[Action]:
         """Do what has become due or possible."""
-        actions: list[Action] = []
+        actions = self._learn(now_s)
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, request_id = heapq.heappop(self._deadlines)
             actions += self._end_early(request_id, self._too_late(request_id))

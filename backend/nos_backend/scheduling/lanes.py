@@ -1,11 +1,9 @@
-"""Requests that wait for a device: in lanes, one per (model, tenant, bulk or not), each with its place in
-virtual time.
-"""
+"""Requests that wait for a device: in lanes, one per model, tenant and class, each with a virtual time."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nos_backend.scheduling.batching import BatchLimits, BatchTime, Gatherer
@@ -14,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
     from nos_backend.scheduling.actions import Request
+    from nos_backend.scheduling.caps import Cap
 
 #: Idle lanes kept before they are swept.
 _SLACK = 64
@@ -32,11 +31,25 @@ class Model:
     num_running: int = 0
     #: Batches that ended their executor although none of their requests does.
     num_unexplained: int = 0
-    limits: BatchLimits = field(default_factory=BatchLimits)
+    #: What its author or its profile says of batches.
+    advised: BatchLimits = field(default_factory=BatchLimits)
+    #: What its batches taught since; None while all went well.
+    cap: Cap | None = None
     time: BatchTime = field(default_factory=BatchTime)
     gatherer: Gatherer = field(default_factory=Gatherer)
     #: Since when it could run and waits for more requests; None while it does not.
     gathering_s: float | None = None
+    #: What batches keep to, by `advised` and `cap`.
+    limits: BatchLimits = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keep_to(self.advised, self.cap)
+
+    def keep_to(self, advised: BatchLimits, cap: Cap | None) -> None:
+        """Have the next batches keep to both."""
+        self.advised, self.cap = advised, cap
+        rows = min(advised.max_rows, cap.rows) if cap else advised.max_rows
+        self.limits = replace(advised, max_rows=rows)
 
 
 @dataclass(slots=True, eq=False)

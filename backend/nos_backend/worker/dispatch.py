@@ -14,6 +14,7 @@ from nos_backend.scheduling import device_queue
 from nos_backend.scheduling.device_queue import (
     Batch,
     CancelCall,
+    Capped,
     Culprit,
     DeviceQueue,
     Drained,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from nos.wire.v1 import models_pb2
 
+    from nos_backend.scheduling.caps import Cap
     from nos_backend.worker.executors import Block, Blocks, Executor, Reply
     from nos_backend.worker.memory import DeviceMemory
 
@@ -54,6 +56,7 @@ class Dispatcher:
         max_concurrent_batches: int,
         on_lost: Callable[[str, Executor, str], None],
         memory: DeviceMemory,
+        on_capped: Callable[[str, Cap | None], None],
     ) -> None:
         """Make a dispatcher without executors.
 
@@ -62,12 +65,14 @@ class Dispatcher:
             on_lost: Called with (slot, executor, reason) when a call finds its executor dead; has to
                 call `lost`.
             memory: Knows whose weights are on the device, and is told what runs.
+            on_capped: Called with a model and what its batches keep to by what they taught.
         """
         self._queue = DeviceQueue(
             max_concurrent_batches=max_concurrent_batches, may_start=memory.may_start
         )
         self._on_lost = on_lost
         self._memory = memory
+        self._on_capped = on_capped
         self._loop = asyncio.get_running_loop()
         #: The living executor of each slot.
         self._executors: dict[str, Executor] = {}
@@ -91,8 +96,8 @@ class Dispatcher:
         self._held: dict[str, asyncio.Future[None]] = {}
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        #: By model: the rows of a batch since one did not fit; outlives a reload.
-        self._caps: dict[str, int] = {}
+        #: By model: what its batches keep to since one did not go together; outlives a reload.
+        self._caps: dict[str, Cap] = {}
         #: Calls that ran out of memory and wait for room.
         self._rescues: set[asyncio.Task[None]] = set()
 
@@ -167,18 +172,25 @@ class Dispatcher:
                     self._unchecked.add((model, method))
                 self._plans[model, method] = plan
         actions = self._queue.open_model(
-            model, slot, now_s=self._loop.time(), call_timeout_s=call_timeout_s, limits=limits
+            model,
+            slot,
+            now_s=self._loop.time(),
+            call_timeout_s=call_timeout_s,
+            limits=limits,
+            cap=self._caps.get(model),
         )
-        if model in self._caps:
-            self._queue.shrink(model, self._caps[model])
         self._apply(actions)
 
     def advise(self, model: str, max_rows: int, times: list[tuple[int, float]]) -> None:
         """Take what a profile says of an open model: its best batch (0: none), and seconds by rows."""
-        self._queue.advise(model, min(max_rows, self._caps.get(model, max_rows)), times)
+        self._queue.advise(model, max_rows, times)
 
-    def max_rows(self, model: str) -> int | None:
-        """Return the most rows that a batch of a model may have since one did not fit; None if all did."""
+    def recall(self, model: str, cap: Cap) -> None:
+        """Take what batches of a model taught elsewhere or before; what they taught here counts more."""
+        self._caps.setdefault(model, cap)
+
+    def cap(self, model: str) -> Cap | None:
+        """Return what a model's batches keep to since one did not go together; None if all did."""
         return self._caps.get(model)
 
     def close(self, model: str, error: NosError) -> None:
@@ -299,10 +311,20 @@ class Dispatcher:
                 self._executors[slot].cancel(request_id)
             case KillExecutor(slot, reason) if slot in self._executors:
                 self._executors[slot].kill(reason)
+            case Capped(model, cap):
+                self._cap(model, cap)
             case Held(slot):
                 self._resolve(self._held.get(slot))
             case Drained(model):
                 self._resolve(self._drained.get(model))
+
+    def _cap(self, model: str, cap: Cap | None) -> None:
+        self._caps.pop(model, None)
+        if cap is not None:
+            self._caps[model] = cap
+        rows = f"at most {cap.rows} rows" if cap else "as many rows as before"
+        _logger.warning("batches of %s have %s from now on", model, rows)
+        self._on_capped(model, cap)
 
     def _start(self, batch: Batch) -> None:
         run = Run(batch, self._executors[batch.executor], [], self._loop.time(), [])
@@ -504,15 +526,10 @@ class Dispatcher:
         did_not_go = run.ran_out or not run.has_culprit if run.is_mixed is None else run.is_mixed
         if run.joined is not None and did_not_go:
             # Nothing was wrong with any of them: together they are too many, or do not mix.
-            most = 1 if run.is_mixed else batch.rows // 2
-            max_rows = self._queue.shrink(batch.model, most)
-            self._caps[batch.model] = max_rows
-            _logger.warning(
-                "a batch of %d rows of %s did not go together: at most %d from now on",
-                batch.rows,
-                batch.model,
-                max_rows,
+            learnt = self._queue.failed_together(
+                batch.model, batch.rows, now_s=self._loop.time(), is_final=run.is_mixed is True
             )
+            self._apply(learnt)
         self._finish(batch)
 
     # Out of memory: room is made and the call repeated; a batch that finds none runs call by call.

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
     from nos_backend.definition import ModelDefinition
+    from nos_backend.scheduling.caps import Cap
     from nos_backend.worker.arguments import Call
     from nos_backend.worker.entries import Slot
     from nos_backend.worker.environments import Environments
@@ -123,6 +124,7 @@ class ModelManager:
             max_concurrent_batches=max_batches,
             on_lost=self._on_lost,
             memory=self._memory,
+            on_capped=self._on_capped,
         )
         num_threads = num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS))
         self._launcher = Launcher(
@@ -146,6 +148,7 @@ class ModelManager:
             ),
             room_bytes=lambda: usable_bytes - self._memory.used_bytes,
             on_profile=self._on_profile,
+            on_cap=self._dispatcher.recall,
             on_measured=lambda key: self._on_event("profiled", key, ""),
         )
         self._timeline = Timeline()
@@ -301,8 +304,12 @@ class ModelManager:
         }
 
     def _note_of(self, entry: Entry) -> str:
-        max_rows = self._dispatcher.max_rows(entry.key)
-        learnt = f"at most {max_rows} rows in a batch: more did not go together" if max_rows else ""
+        cap = self._dispatcher.cap(entry.key)
+        learnt = (
+            f"at most {cap.rows} rows in a batch: {cap.failed_rows} did not go together"
+            if cap
+            else ""
+        )
         return "; ".join(filter(None, (entry.note, learnt, self._profiles.note(entry.key))))
 
     def profile(self, key: str) -> dict[str, Any]:
@@ -384,6 +391,11 @@ class ModelManager:
             if self._memory.is_known(key):
                 self._keep(entry)
         self._dispatcher.advise(key, *advice(profile))
+
+    def _on_capped(self, key: str, cap: Cap | None) -> None:
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._profiles.keep_cap(entry, cap)
 
     def _keep(self, entry: Entry) -> None:
         """Say what a model needs, and how long it may stay."""

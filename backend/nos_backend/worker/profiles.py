@@ -26,6 +26,7 @@ from nos.wire.v1 import models_pb2
 from nos_backend.definition import LOAD_TIMEOUT_S
 from nos_backend.scheduling import knee
 from nos_backend.scheduling.batching import MAX_BATCH_BYTES, MAX_BATCH_ROWS
+from nos_backend.scheduling.caps import Cap
 from nos_backend.worker import samples
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class Profiles:
         is_quiet: Whether a batch more would keep nobody waiting.
         room_bytes: What the device's budget has left.
         on_profile: Called with a model and its profile, new or known from before.
-        on_measured: Called with the key of a model whose profile is new.
+        on_cap: Called with the key of a model and what its batches taught before.
+        on_measured: Called with the key of a model whose profile is new, or says something new.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Profiles:
         is_quiet: Callable[[], bool],
         room_bytes: Callable[[], int],
         on_profile: Callable[[Entry, models_pb2.Profile], None],
+        on_cap: Callable[[str, Cap], None],
         on_measured: Callable[[str], None],
     ) -> None:
         self._launcher = launcher
@@ -122,6 +125,7 @@ class Profiles:
         self._is_quiet = is_quiet
         self._room_bytes = room_bytes
         self._on_profile = on_profile
+        self._on_cap = on_cap
         self._on_measured = on_measured
         self._loop = asyncio.get_running_loop()
         self._records: dict[str, _Record] = {}
@@ -136,6 +140,20 @@ class Profiles:
                 if self._is_ours(profile, entry):
                     self._records[entry.key] = _Record(entry, {}, profile=profile)
                     self._on_profile(entry, profile)
+                    if profile.HasField("cap"):
+                        self._on_cap(entry.key, self._to_cap(profile.cap))
+
+    def keep_cap(self, entry: Entry, cap: Cap | None) -> None:
+        """Keep what a model's batches taught, measured or not; None: all goes well again."""
+        record = self._records.setdefault(entry.key, _Record(entry, {}))
+        profile = self._bare_profile(entry)
+        if record.profile is not None:
+            profile.CopyFrom(record.profile)
+        profile.ClearField("cap")
+        if cap is not None:
+            profile.cap.CopyFrom(self._from_cap(cap))
+        record.profile = profile
+        self._on_measured(entry.key)
 
     def begin(self, entry: Entry) -> None:
         """Profile a model that answers now, as soon as it can be; one that is known is left alone."""
@@ -184,7 +202,8 @@ class Profiles:
         ::
 
             {"state": "none" | "waits for a call" | "pending" | "ready",
-             "profile": bytes (a nos.v1.Profile; empty unless ready), "note": why there is none}
+             "profile": bytes (a nos.v1.Profile, without methods unless ready, or empty),
+             "note": why there is none}
         """
         record = self._records.get(key)
         profile = record.profile if record else None
@@ -201,7 +220,7 @@ class Profiles:
 
     @staticmethod
     def _state(record: _Record | None) -> str:
-        if record is not None and record.profile is not None:
+        if record is not None and record.profile is not None and record.profile.methods:
             return "ready"
         if record is None or record.task is None or record.task.done():
             return "none"
@@ -253,7 +272,7 @@ class Profiles:
                     return
                 del record.samples[: len(taken)]
             if methods:
-                self._publish(record, methods, options.product)
+                self._publish(record, methods)
 
     async def _profile(
         self, record: _Record, taken: list[Sample], budget_s: float
@@ -300,25 +319,50 @@ class Profiles:
             await asyncio.sleep(_POLL_S)
         return True
 
-    def _publish(
-        self, record: _Record, methods: list[models_pb2.MethodProfile], product: str
-    ) -> None:
+    def _bare_profile(self, entry: Entry) -> models_pb2.Profile:
+        return models_pb2.Profile(
+            model=entry.key,
+            device=self._device,
+            product=self._options.product if self._options else "",
+            engine=ENGINE,
+            versions=self._versions_of(entry),
+            time_s=time.time(),
+            weight_bytes=entry.weight_bytes,
+        )
+
+    def _to_cap(self, kept: models_pb2.BatchCap) -> Cap:
+        age_s = max(0.0, time.time() - kept.time_s)
+        return Cap(
+            rows=max(1, kept.rows),
+            failed_rows=kept.failed_rows,
+            since_s=self._loop.time() - age_s,
+            wait_s=kept.wait_s,
+            is_trial=kept.is_trial,
+        )
+
+    def _from_cap(self, cap: Cap) -> models_pb2.BatchCap:
+        return models_pb2.BatchCap(
+            rows=cap.rows,
+            failed_rows=cap.failed_rows,
+            time_s=time.time() - (self._loop.time() - cap.since_s),
+            wait_s=cap.wait_s,
+            is_trial=cap.is_trial,
+        )
+
+    def _publish(self, record: _Record, methods: list[models_pb2.MethodProfile]) -> None:
         entry = record.entry
         known = (
             {method.method: method for method in record.profile.methods} if record.profile else {}
         )
         known.update({method.method: method for method in methods})
-        profile = record.profile = models_pb2.Profile(
-            model=entry.key,
-            device=self._device,
-            product=product,
-            engine=ENGINE,
-            versions=self._versions_of(entry),
-            time_s=time.time(),
-            weight_bytes=entry.weight_bytes,
-            methods=[known[item.name] for item in entry.spec.methods if item.name in known],
+        profile = self._bare_profile(entry)
+        profile.methods.extend(
+            known[item.name] for item in entry.spec.methods if item.name in known
         )
         profile.activation_bytes = _activation_bytes(profile)
+        if record.profile is not None and record.profile.HasField("cap"):
+            profile.cap.CopyFrom(record.profile.cap)
+        record.profile = profile
         record.note = "; ".join(f"{it.method} {it.note}" for it in methods if it.note)
         _logger.info("%s is profiled%s", entry.key, f": {record.note}" if record.note else "")
         self._on_profile(entry, profile)
