@@ -37,6 +37,8 @@ class Options:
     """Whether a row's result must not depend, to the last bit, on what runs beside it."""
     check_batch: bool = False
     """Whether the first batch is repeated call by call and compared."""
+    pad: str = ""
+    """The dimension whose length may differ within a batch."""
     queue_delay_s: float | None = None
     """How long a call waits for others to run with, in seconds; None: as short as pays."""
     env: Sequence[str] = ()
@@ -45,6 +47,10 @@ class Options:
     """Whether it stays on its device whatever else wants the room."""
     idle_unload_s: float | None = None
     """After how long without use it leaves the device, in seconds; 0: never, None: as the server does."""
+    memory_bytes: int = 0
+    """The least that models may use of a device's memory where it runs; 0 for any."""
+    placement: str = "spread"
+    """`spread`: replicas on as many devices as can be; `pack`: on as few."""
 
 
 def model(
@@ -59,9 +65,12 @@ def model(
     queue_delay_s: float | None = None,
     exact: bool = False,
     check_batch: bool = False,
+    pad: str = "",
     env: Sequence[str] = (),
     pin: bool = False,
     idle_unload_s: float | None = None,
+    memory_bytes: int = 0,
+    placement: str = "spread",
 ) -> Any:
     """Mark a class (or function) as a model; it is returned unchanged and works here as before.
 
@@ -77,19 +86,26 @@ def model(
         batch: A method whose tensors all have a first dimension named `batch` (or `*batch`: any number of
             leading dimensions), parameters and result alike, runs many calls as one. True also lets
             methods that take lists and give one item or row for each, and results in dicts and tuples;
-            a number is the most rows at once; False turns it off.
+            methods that take a single array or image are run over those that wait, one after the other.
+            A number is the most rows at once, and a call with more runs in pieces; False turns it off.
         queue_delay_s: The longest that a call waits for others to run with; without it a call waits for
             none but those that are known to come at once.
         exact: Every run has exactly as many rows as `batch` says (16 if it says none), missing ones being
             repeated, so that a row's result is the same to the last bit whatever runs beside it. Costs the
-            time of full batches; a call with more rows is refused.
+            time of full batches.
         check_batch: The first batch is repeated call by call and compared. Where rows depend on each other,
             each call runs alone from then on.
+        pad: Name of the dimension behind `batch` whose length may differ between the calls of a batch.
+            Shorter rows are filled up with zeros; the method takes a parameter `mask` of
+            `bool[batch, <name>]` or None, which the server gives, true where an element is real (None:
+            everywhere). A result with that dimension is cut to each call's own length.
         env: Packages that it needs and the server has not, as in `["opencv-python-headless==4.*"]`. It runs
             in an environment of its own that has them, and the server's torch, numpy and safetensors.
         pin: Keep it on its device whatever else wants the room.
         idle_unload_s: Take it off the device after so many seconds without use, although nobody needs the
             room; 0 means never, and without it the server's own rule holds.
+        memory_bytes: Run it only on devices of whose memory models may use at least as much.
+        placement: Where it has several replicas: `spread` over as many devices as can be, or `pack` on few.
     """
     options = Options(
         name=name,
@@ -100,9 +116,12 @@ def model(
         queue_delay_s=queue_delay_s,
         exact=exact,
         check_batch=check_batch,
+        pad=pad,
         env=env,
         pin=pin,
         idle_unload_s=idle_unload_s,
+        memory_bytes=memory_bytes,
+        placement=placement,
     )
 
     def mark(target: T) -> T:

@@ -239,10 +239,16 @@ def test_every_run_of_an_exact_model_has_the_same_number_of_rows(client: nos.Cli
     assert set(model.seen()) == {8}
 
 
-def test_an_exact_model_says_what_is_too_much_and_what_is_missing(client: nos.Client) -> None:
+def test_a_call_of_an_exact_model_with_more_rows_runs_in_several(client: nos.Client) -> None:
     model = client.model("fake/batch-exact")
-    with pytest.raises(errors.LimitExceededError, match="at most 8 rows"):
-        model(rows(1, 9))
+    model.seen()
+    many = np.arange(76, dtype=np.float32).reshape(19, 4)
+    np.testing.assert_array_equal(model(many), many)
+    assert model.seen() == [8, 8, 8]
+
+
+def test_an_exact_model_says_what_is_missing(client: nos.Client) -> None:
+    model = client.model("fake/batch-exact")
     with pytest.raises(errors.ModelError, match="another number of rows"):
         model.short(rows(1))
     futures = [model.poisoned.submit(rows(-1 if number == 2 else number)) for number in range(4)]
@@ -275,6 +281,87 @@ def test_a_model_that_passes_its_check_goes_on_in_batches(client: nos.Client) ->
             np.testing.assert_array_equal(answer, rows(number))
     assert sum(size > 1 for size in model.seen()) > 1
     client.unload("fake/batch-checked")
+
+
+def test_a_call_with_more_rows_than_a_batch_runs_in_pieces(client: nos.Client) -> None:
+    model = client.model("fake/batch-four")
+    model.seen()
+    many = np.arange(44, dtype=np.float32).reshape(11, 4)
+    small = [model.submit(rows(number)) for number in range(3)]
+    with model.stream() as stream:
+        stream.send(many)
+        result = next(stream)
+    np.testing.assert_array_equal(result.value, many)
+    assert result.timings.compute_s > 0
+    for number, answer in enumerate(answers(small)):
+        np.testing.assert_array_equal(answer, rows(number))
+    sizes = model.seen()
+    assert max(sizes) == 4
+    assert sum(sizes) == 14
+
+
+def test_the_error_of_a_piece_is_that_of_its_call(client: nos.Client) -> None:
+    model = client.model("fake/batch-four")
+    many = np.ones((11, 4), np.float32)
+    many[6, 2] = -1
+    with pytest.raises(errors.ModelError, match="negative"):
+        model.poisoned(many)
+    np.testing.assert_array_equal(model.poisoned(np.abs(many)), np.abs(many))
+    future = model.submit(np.ones((40, 4), np.float32))
+    future.cancel()
+    np.testing.assert_array_equal(model(rows(5)), rows(5))
+
+
+def test_a_call_whose_pieces_cannot_be_joined_runs_as_a_whole(client: nos.Client) -> None:
+    model = client.model("fake/batch-lists")
+    model.seen()
+    many = np.ones((100, 4), np.float32)
+    for expected in ([64, 36, 100], [100]):
+        assert model.labelled(many)["version"] == 3
+        assert model.seen() == expected
+    assert model.upper(["a"] * 70) == ["A"] * 70
+    assert model.seen() == [64, 6]
+    client.unload("fake/batch-lists")
+
+
+@pytest.mark.accept("C4")
+def test_rows_of_different_lengths_share_a_batch_where_a_model_pads(client: nos.Client) -> None:
+    model, rng = client.model("fake/batch-padded"), np.random.default_rng(3)
+    waves = [rng.random((1 + n % 2, 5 + n % 4), np.float32) for n in range(16)]
+    with model.stream() as stream:
+        for wave in waves:
+            stream.send(wave)
+        results = [next(stream) for _ in waves]
+    for wave, result in zip(waves, results, strict=True):
+        expected = wave - wave.mean(-1, keepdims=True)
+        np.testing.assert_allclose(result.value, expected, atol=1e-6)
+    assert max(result.timings.batch_size for result in results) > 2
+    mask = np.array([[True, True, False]])
+    alone = model(np.array([[1, 3, 9]], np.float32), mask=mask)
+    np.testing.assert_array_equal(alone, [[-1, 1, np.nan]])
+    assert "length padded" in str(client.info("fake/batch-padded"))
+
+
+@pytest.mark.accept("C3", "C4")
+def test_single_items_of_any_size_run_in_one_round(client: nos.Client) -> None:
+    model, rng = client.model("fake/batch-items"), np.random.default_rng(4)
+    images = [rng.integers(14, 256, (1 + n % 3, 2 + n % 5), np.uint8) for n in range(16)]
+    images[5][0, 0] = 13
+    with model.stream() as stream:
+        for number, image in enumerate(images):
+            stream.send(image, plus=number)
+        results = [next(stream) for _ in images]
+    assert isinstance(results[5].error, errors.ModelError)
+    for number, (image, result) in enumerate(zip(images, results, strict=True)):
+        if number != 5:
+            assert result.value["sum"] == image.sum() + number
+            np.testing.assert_array_equal(result.value["image"], image)
+    with model.stream() as stream:
+        for image in images[6:]:
+            stream.send(image)
+        sizes = [next(stream).timings.batch_size for _ in images[6:]]
+    assert max(sizes) > 1
+    assert "item by item" in str(client.info("fake/batch-items"))
 
 
 class Crowd:

@@ -29,6 +29,7 @@ _Target: TypeAlias = ast.ClassDef | _Function
 MAX_SOURCE_BYTES: Final = 1 << 20
 DEVICES: Final = ("auto", "cpu", "cuda")
 ISOLATIONS: Final = ("shared", "process")
+PLACEMENTS: Final = ("spread", "pack")
 
 _OPTIONS: Final = (
     "name",
@@ -39,6 +40,8 @@ _OPTIONS: Final = (
     "env",
     "pin",
     "idle_unload_s",
+    "memory_bytes",
+    "placement",
 )
 _NO_METHOD: Final = frozenset(
     {"property", "cached_property", "setter", "getter", "deleter", "overload"}
@@ -353,6 +356,11 @@ def _set_option(
     elif name == "idle_unload_s" and given in {"integer", "real"}:
         spec.idle_unload_s = value.integer if given == "integer" else value.real
         fits = 0 <= spec.idle_unload_s < float("inf")
+    elif name == "memory_bytes" and given == "integer":
+        fits = 0 <= value.integer < 1 << 63
+        spec.memory_bytes = value.integer if fits else 0
+    elif name == "placement" and value.text in PLACEMENTS:
+        spec.placement, fits = value.text, True
     elif name in batchable.OPTIONS:
         fits = wish.take(name, value)
     if not fits:
@@ -365,8 +373,11 @@ def _set_option(
             "queue_delay_s": "seconds, at least 0 and at most 60",
             "exact": "True or False",
             "check_batch": "True or False",
+            "pad": "the name of a dimension",
             "pin": "True or False",
             "idle_unload_s": "seconds, 0 for never",
+            "memory_bytes": "a number of bytes, 0 for any",
+            "placement": f"one of {', '.join(PLACEMENTS)}",
         }[name]
         raise InvalidRequestError(
             f"{where}: option {name} is wrong", name, wanted, ast.unparse(node)[:80]

@@ -18,6 +18,9 @@ ALIGNMENT_BYTES: Final = 64
 #: fresh page costs more than the copy into it.
 PUNCH_BYTES: Final = 8 << 20
 
+#: Instead of an offset here: a piece of bytes that are 1.
+ONES: Final = -1
+
 _PAGE_BYTES: Final = mmap.PAGESIZE
 
 
@@ -91,7 +94,8 @@ class Arena:
         """Return `size` bytes made up of pieces: where they lie if they lie so, else a copy.
 
         Args:
-            pieces: (offset here, bytes, offset in the result) each; what none of them covers is undefined.
+            pieces: (offset here or `ONES`, bytes, offset in the result) each. What none of them covers is
+                0 if one of them is of ones, else undefined.
             size: Bytes of the result.
         """
         if len({offset - at for offset, _, at in pieces}) == 1:
@@ -100,7 +104,9 @@ class Arena:
                 return self.view[start : start + size]
         joined = memoryview(bytearray(size))
         for offset, length, at in pieces:
-            joined[at : at + length] = self.view[offset : offset + length]
+            joined[at : at + length] = (
+                b"\1" * length if offset == ONES else self.view[offset : offset + length]
+            )
         return joined
 
     @staticmethod

@@ -274,6 +274,10 @@ class _Loop:
     ) -> Message:
         call_id = call.id
         method = model.method(call.form["method"])
+        if call.form.get("each"):
+            bounds = [method.bind(arguments, inputs) for arguments in call.form["args"]]
+            values = [self._run(method.target, it, clock, model.device) for it in bounds]
+            return {"op": "result", "id": call_id, **self._place(Outputs(values), call_id)}
         bound = method.bind(call.form["args"], inputs)
         value = self._run(method.target, bound, clock, model.device)
         if not isinstance(value, Iterator):

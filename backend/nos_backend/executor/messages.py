@@ -39,7 +39,8 @@
 
 `block` is (offset, size) in the arena; offsets in nodes count from the block's start. A call that stands
 for a batch has `pieces` beside it, (offset in the arena, size, offset in the block) each, of which the
-executor makes the block. `kept` says that
+executor makes the block (`Arena.gather`). With `each`, `args` holds the arguments of several calls, which run
+one after the other; the result is a list of theirs. `kept` says that
 the model still holds views of the call's input, whose block is therefore not to be used again yet.
 
 Most calls differ from one before them in their id and block only. So a call may have `form`, a number for its

@@ -42,6 +42,8 @@ _LONG_GAP: Final = 2.0
 #: A sender is due this many times its mean gap after its answer.
 _PATIENCE: Final = 1.5
 _MAX_SENDERS: Final = 1024
+#: Of one request; beyond it they have more rows than a batch may have.
+_MAX_PIECES: Final = 1024
 #: Answers of one sender whose successors are awaited; more than any stream's window.
 _MAX_OWED: Final = 256
 
@@ -244,6 +246,23 @@ def form(
         batch.append(request)
         next_of(virtual_time + _step_s(request, time), order, waiting)
     return batch
+
+
+def bucket(length: int) -> int:
+    """Return the greatest length of rows that share a batch with those of `length`: two steps per octave.
+
+    Rows are filled up to the longest of their batch, a third more at most; finer steps would make batches of
+    fewer rows where lengths differ.
+    """
+    power = 1 << (length - 1).bit_length()
+    return 3 * power // 4 if length <= 3 * power // 4 else power
+
+
+def divided(num_rows: int, max_rows: int) -> list[int]:
+    """Return the rows of each piece of a request that has too many: full ones, then the rest."""
+    most = max(max_rows, -(-num_rows // _MAX_PIECES))
+    full, rest = divmod(num_rows, most)
+    return [most] * full + [rest] * bool(rest)
 
 
 def is_doomed(request: Request, time: BatchTime, now_s: float) -> bool:

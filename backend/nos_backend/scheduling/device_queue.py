@@ -297,6 +297,11 @@ class DeviceQueue:
         if running.kill_s is not None:
             running.kill_s = now_s + running.model.call_timeout_s
 
+    def max_rows(self, model: str) -> int:
+        """Return how many rows a batch of a model may have; 1 if it is not open."""
+        found = self._models.get(model)
+        return found.limits.max_rows if found else 1
+
     def failed_together(
         self, model: str, rows: int, *, now_s: float, is_final: bool = False
     ) -> list[Action]:

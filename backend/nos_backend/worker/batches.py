@@ -1,7 +1,8 @@
-"""Several calls as one, and its result back as one for each: headers only, no bytes are touched.
+"""Several calls as one: headers only, no bytes are touched.
 
 Calls are joined along their rows. The bytes stay where they came, each call's in its own block; the
-executor is told which pieces make up the joined input (`Arena.gather`).
+executor is told which pieces make up the joined input (`Arena.gather`). Calls of a method that takes single
+items are handed over side by side, and the executor runs one after the other.
 """
 
 from __future__ import annotations
@@ -10,30 +11,27 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from nos.errors import LimitExceededError
 from nos.wire.signature import is_any_leading
 from nos.wire.v1 import models_pb2
 
-from nos_backend.executor.arena import ALIGNMENT_BYTES
+from nos_backend.executor.arena import ALIGNMENT_BYTES, ONES
 from nos_backend.executor.messages import ITEM_BYTES
-from nos_backend.scheduling.batching import BatchLimits
-from nos_backend.worker.executors import Blocks, Reply
+from nos_backend.scheduling.batching import BatchLimits, bucket
+from nos_backend.worker.blocks import Blocks
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
-    from nos_backend.worker.executors import Block
+    from nos_backend.worker.blocks import Block
 
 Node: TypeAlias = Any
 
+#: The parameter of models that pad which says what is real.
+MASK: Final = "mask"
 #: Instead of a number of trailing dimensions: a list, whose items are the rows.
 _LIST: Final = -1
 #: The first dimension counts the rows.
 _FIRST: Final = -2
-
-
-class WrongRowsError(Exception):
-    """A result that does not have a row for each that went in; its text says what it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,10 @@ class Part:
     leading: tuple[int, ...]
     """The leading dimensions that its rows are spread over."""
     num_rows: int
+    length: int | None = None
+    """Of the dimension that is padded; None if none is."""
+    is_item: bool = False
+    """Whether the method takes single items: in a batch its result is an item of a list."""
 
 
 class Plan:
@@ -52,14 +54,21 @@ class Plan:
 
     def __init__(self, method: models_pb2.Method) -> None:
         """Make the plan of a method that declares `batching`."""
+        declared = method.batching
         #: Rows of every run; 0 for as many as there are.
-        self.exact_rows: int = method.batching.exact_rows
+        self.exact_rows: int = declared.exact_rows
         #: Whether the first batch is repeated call by call and compared.
-        self.is_checked: bool = method.batching.is_checked
+        self.is_checked: bool = declared.is_checked
+        #: Whether the method takes single items, one after the other.
+        self.is_each: bool = declared.is_each
+        #: Whether a result has the padded dimension too, which is cut to each call's own length.
+        self.is_cut = bool(declared.padded) and _is_padded(method.returns, declared.padded)
         self._names = [parameter.name for parameter in method.parameters]
         #: By joined parameter: how many of its last dimensions make up a row, `_LIST` or `_FIRST`.
         self._joined: dict[str, int] = {}
-        wanted = set(method.batching.parameters)
+        #: Those whose rows begin with the padded dimension.
+        self._padded: set[str] = set()
+        wanted = set(declared.parameters)
         for parameter in method.parameters:
             if parameter.name in wanted:
                 shape = parameter.type.shape
@@ -69,13 +78,19 @@ class Plan:
                     self._joined[parameter.name] = len(shape) - 1
                 else:
                     self._joined[parameter.name] = _FIRST
+                if declared.padded and _is_padded(parameter.type, declared.padded):
+                    self._padded.add(parameter.name)
 
     def part(self, arguments: Sequence[Sequence[Any]]) -> Part | None:
         """Return what a call is to a batch; None if it has to run alone."""
+        if self.is_each:
+            return Part((), (), 1, is_item=True)
         key: list[Hashable] = []
         leading: tuple[int, ...] | None = None
+        length: int | None = None
         for position, (given, node) in enumerate(arguments):
-            kind = self._joined.get(given or self._names[position])
+            name = given or self._names[position]
+            kind = self._joined.get(name)
             if kind is None:
                 if _has_bytes(node):
                     return None
@@ -87,30 +102,36 @@ class Plan:
                     key.append(given)
                 case {"t": [dtype, shape, _]} if kind != _LIST:
                     split = 1 if kind == _FIRST else len(shape) - kind
-                    here = tuple(shape[:split])
-                    key.append((given, dtype, *shape[split:]))
+                    here, row = tuple(shape[:split]), shape[split:]
+                    if name in self._padded:
+                        length = row[0]
+                        row = [bucket(length), *row[1:]]
+                    key.append((given, dtype, *row))
                 case _:
                     return None
             if leading is not None and here != leading:
                 return None
             leading = here
-        num_rows = math.prod(leading or ()) if leading is not None else 0
-        return Part(tuple(key), leading, num_rows) if leading is not None and num_rows else None
+        if leading is None or not (num_rows := math.prod(leading)):
+            return None
+        return Part(tuple(key), leading, num_rows, length)
+
+    def is_mask(self, position: int, given: str) -> bool:
+        """Whether an argument, which a caller left open, is where padding is told."""
+        return bool(self._padded) and (given or self._names[position]) == MASK
+
+    def is_padded(self, position: int, given: str) -> bool:
+        """Whether an argument's rows begin with the padded dimension."""
+        return (given or self._names[position]) in self._padded
 
     def is_joined(self, position: int, given: str) -> bool:
         """Whether an argument is joined rather than equal in all calls."""
         return (given or self._names[position]) in self._joined
 
 
-def too_many_rows(plan: Plan, part: Part) -> LimitExceededError:
-    """Return why a call has more rows than every run of its model has."""
-    return LimitExceededError(
-        "a call of a model that is exact has too many rows",
-        "batch",
-        f"at most {plan.exact_rows} rows",
-        str(part.num_rows),
-        "Send them in several calls",
-    )
+def _is_padded(kind: models_pb2.Type, padded: str) -> bool:
+    """Whether a tensor's dimension behind the rows is the padded one."""
+    return len(kind.shape) > 1 and kind.shape[1].name == padded
 
 
 def plans(spec: models_pb2.ModelSpec) -> dict[str, Plan]:
@@ -154,10 +175,17 @@ class _Layout:
         self.size = -(-self.size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return self.size
 
-    def add(self, block: Block | None, offset: int, size: int) -> None:
+    def add(self, block: Block | None, offset: int, size: int, room: int = 0) -> None:
+        """Append bytes of a block, and zeros up to `room` bytes."""
         if block is not None and size:
             self.pieces.append((block.offset + offset, size, self.size))
-            self.size += size
+        self.size += max(size, room) if block is not None else 0
+
+    def add_ones(self, num: int, room: int) -> None:
+        """Append so many bytes of value 1, and zeros up to `room` bytes."""
+        if num:
+            self.pieces.append((ONES, num, self.size))
+        self.size += room
 
 
 def join(plan: Plan, members: Sequence[Member]) -> tuple[list[list[Any]], Blocks]:
@@ -169,20 +197,43 @@ def join(plan: Plan, members: Sequence[Member]) -> tuple[list[list[Any]], Blocks
         plan: Of their method.
         members: At least one, of equal keys.
     """
+    if plan.is_each:
+        return _side_by_side(members)
     layout = _Layout()
     num_missing = max(0, plan.exact_rows - sum(member.part.num_rows for member in members))
+    lengths = {member.part.length for member in members}
+    longest = max((length for length in lengths if length is not None), default=0)
+    is_ragged = len(lengths) > 1
     arguments: list[list[Any]] = []
     for position, (given, node) in enumerate(members[0].arguments):
         if not plan.is_joined(position, given):
-            arguments.append([given, node])
+            if not is_ragged or not plan.is_mask(position, given):
+                arguments.append([given, node])
         elif "l" in node:
             items = _join_lists(members, position, layout)
             arguments.append([given, {"l": items + items[:1] * num_missing}])
+        elif is_ragged and plan.is_padded(position, given):
+            arguments.append([given, {"t": _join_ragged(members, position, layout, longest)}])
         else:
             tensor = _join_tensors(members, position, layout, num_missing)
             arguments.append([given, {"t": tensor}])
+    if is_ragged:
+        arguments.append([MASK, {"t": _mask(members, layout, longest)}])
     blocks = [member.block for member in members if member.block is not None]
     return arguments, Blocks(blocks, layout.pieces, layout.size)
+
+
+def _side_by_side(members: Sequence[Member]) -> tuple[list[list[Any]], Blocks]:
+    """Return the arguments of each call, and an input in which all blocks lie as they do in the arena."""
+    blocks = [member.block for member in members if member.block is not None]
+    start = min((block.offset for block in blocks), default=0)
+    pieces = [(block.offset, len(block.view), block.offset - start) for block in blocks]
+    size = max((at + length for _, length, at in pieces), default=0)
+    arguments: list[list[Any]] = []
+    for member in members:
+        at = member.block.offset - start if member.block is not None else 0
+        arguments.append([[given, shifted(node, at)] for given, node in member.arguments])
+    return arguments, Blocks(blocks, pieces, size)
 
 
 def _join_tensors(
@@ -202,6 +253,33 @@ def _join_tensors(
     return [dtype, [num_rows, *row], start]
 
 
+def _join_ragged(
+    members: Sequence[Member], position: int, layout: _Layout, longest: int
+) -> list[Any]:
+    """Join rows of different lengths, each filled with zeros up to the longest."""
+    dtype, shape, _ = members[0].arguments[position][1]["t"]
+    inner = shape[len(members[0].part.leading) + 1 :]
+    item_bytes = math.prod(inner) * ITEM_BYTES[dtype]
+    start, num_rows = layout.align(), 0
+    for member in members:
+        offset = member.arguments[position][1]["t"][2]
+        row_bytes = (member.part.length or 0) * item_bytes
+        for row in range(member.part.num_rows):
+            layout.add(member.block, offset + row * row_bytes, row_bytes, longest * item_bytes)
+        num_rows += member.part.num_rows
+    return [dtype, [num_rows, longest, *inner], start]
+
+
+def _mask(members: Sequence[Member], layout: _Layout, longest: int) -> list[Any]:
+    """Return the tensor that is true where rows are not filled up."""
+    start, num_rows = layout.align(), 0
+    for member in members:
+        for _ in range(member.part.num_rows):
+            layout.add_ones(member.part.length or 0, longest)
+        num_rows += member.part.num_rows
+    return ["bool", [num_rows, longest], start]
+
+
 def _join_lists(members: Sequence[Member], position: int, layout: _Layout) -> list[Node]:
     joined: list[Node] = []
     for member in members:
@@ -209,138 +287,9 @@ def _join_lists(members: Sequence[Member], position: int, layout: _Layout) -> li
         if any(_has_bytes(item) for item in items) and member.block is not None:
             start = layout.align()
             layout.add(member.block, 0, len(member.block.view))
-            items = [_shifted(item, start) for item in items]
+            items = [shifted(item, start) for item in items]
         joined += items
     return joined
-
-
-def split(reply: Reply, parts: Sequence[Part], exact_rows: int = 0) -> list[Reply]:
-    """Return the replies of a batch's calls, in order; `reply` is released with the last of them.
-
-    Args:
-        reply: To all of them.
-        parts: What each call was to the batch.
-        exact_rows: Rows that went in, where that is more than the calls had.
-
-    Raises:
-        WrongRowsError: If the result has not exactly the rows that went in.
-        NosError: If there is none: what it failed with.
-    """
-    if reply.error is not None:
-        raise reply.error
-    if reply.kind != "result":
-        raise WrongRowsError("it is a generator")
-    total = max(exact_rows, sum(part.num_rows for part in parts))
-    cuts, start = [], 0
-    for part in parts:
-        cut = _Cut(start, part, total)
-        cuts.append((cut.node(reply.node), cut))
-        start += part.num_rows
-    num_open = len(parts)
-
-    def release() -> None:
-        nonlocal num_open
-        num_open -= 1
-        if not num_open:
-            reply.release()
-
-    return [
-        Reply.shared(node, cut.block(reply.block), reply.compute_s, len(parts), release)
-        for node, cut in cuts
-    ]
-
-
-def check(reply: Reply, part: Part) -> None:
-    """Accept the result of a call that ran alone.
-
-    Raises:
-        WrongRowsError: If it has not the rows of the call.
-    """
-    _check(reply.node, part)
-
-
-def _check(node: Node, part: Part) -> None:
-    match node:
-        case {"t": [_, shape, _]}:
-            if tuple(shape[: len(part.leading)]) != part.leading:
-                raise WrongRowsError(f"shape {tuple(shape)} for {part.leading}")
-        case {"l": items}:
-            if len(items) != part.num_rows:
-                raise WrongRowsError(f"a list of {len(items)} for {part.num_rows}")
-        case {"u": items}:
-            for item in items:
-                _check(item, part)
-        case {"d": members}:
-            for _, item in members:
-                _check(item, part)
-
-
-class _Cut:
-    """One call's share of a result."""
-
-    def __init__(self, start: int, part: Part, total: int) -> None:
-        self._start = start
-        self._part = part
-        self._total = total
-        #: (offset in the whole block, bytes, offset in ours).
-        self._segments: list[tuple[int, int, int]] = []
-        self._size = 0
-
-    def node(self, node: Node) -> Node:
-        """Return the share of a node, its offsets counting into `block`."""
-        match node:
-            case {"t": [dtype, [int(rows), *row], offset]}:
-                if rows != self._total:
-                    raise WrongRowsError(f"{rows} rows for {self._total}")
-                row_bytes = math.prod(row) * ITEM_BYTES[dtype]
-                num_bytes = self._part.num_rows * row_bytes
-                at = self._add(offset + self._start * row_bytes, num_bytes)
-                return {"t": [dtype, [*self._part.leading, *row], at]}
-            case {"l": items}:
-                if len(items) != self._total:
-                    raise WrongRowsError(f"a list of {len(items)} for {self._total}")
-                own = items[self._start : self._start + self._part.num_rows]
-                return {"l": [self._whole(item) for item in own]}
-            case {"u": items}:
-                return {"u": [self.node(item) for item in items]}
-            case {"d": members}:
-                return {"d": [[key, self.node(item)] for key, item in members]}
-        raise WrongRowsError("something that has no rows")
-
-    def block(self, whole: memoryview) -> memoryview:
-        """Return the bytes of the share; a view where they lie in one run."""
-        if not self._segments:
-            return memoryview(b"")
-        if len(self._segments) == 1:
-            offset, size, _ = self._segments[0]
-            return whole[offset : offset + size]
-        joined = bytearray(self._size)
-        for offset, size, at in self._segments:
-            joined[at : at + size] = whole[offset : offset + size]
-        return memoryview(joined)
-
-    def _whole(self, node: Node) -> Node:
-        match node:
-            case {"t": [dtype, shape, offset]}:
-                size = math.prod(shape) * ITEM_BYTES[dtype]
-                return {"t": [dtype, shape, self._add(offset, size)]}
-            case {"m": [mime_type, offset, size]}:
-                return {"m": [mime_type, self._add(offset, size), size]}
-            case {"l": items}:
-                return {"l": [self._whole(item) for item in items]}
-            case {"u": items}:
-                return {"u": [self._whole(item) for item in items]}
-            case {"d": members}:
-                return {"d": [[key, self._whole(item)] for key, item in members]}
-        return node
-
-    def _add(self, offset: int, size: int) -> int:
-        if not size:
-            return 0
-        at = -(-self._size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        self._segments.append((offset, size, at))
-        self._size = at + size
-        return at
 
 
 def _has_bytes(node: Node) -> bool:
@@ -355,16 +304,17 @@ def _has_bytes(node: Node) -> bool:
     return False
 
 
-def _shifted(node: Node, by: int) -> Node:
+def shifted(node: Node, by: int) -> Node:
+    """Return a node whose offsets are so much larger."""
     match node:
         case {"t": [dtype, shape, offset]}:
             return {"t": [dtype, shape, offset + by]}
         case {"m": [mime_type, offset, size]}:
             return {"m": [mime_type, offset + by, size]}
         case {"l": items}:
-            return {"l": [_shifted(item, by) for item in items]}
+            return {"l": [shifted(item, by) for item in items]}
         case {"u": items}:
-            return {"u": [_shifted(item, by) for item in items]}
+            return {"u": [shifted(item, by) for item in items]}
         case {"d": members}:
-            return {"d": [[key, _shifted(item, by)] for key, item in members]}
+            return {"d": [[key, shifted(item, by)] for key, item in members]}
     return node

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from nos.errors import ExecutorLostError, NosError, OutOfDeviceMemoryError
 
 from nos_backend.scheduling import device_queue
+from nos_backend.scheduling.batching import divided
 from nos_backend.scheduling.device_queue import (
     Batch,
     CancelCall,
@@ -25,8 +26,9 @@ from nos_backend.scheduling.device_queue import (
     Refuse,
     Start,
 )
-from nos_backend.worker import batches
+from nos_backend.worker import batches, shares
 from nos_backend.worker.culprits import Culprits
+from nos_backend.worker.division import Division
 from nos_backend.worker.inputs import Input
 from nos_backend.worker.requests import Request, Run, failure, request_ids
 from nos_backend.worker.statistics import ModelStatistics
@@ -91,6 +93,10 @@ class Dispatcher:
         #: What runs on each slot.
         self._runs: dict[str, Run] = {}
         self._culprits = Culprits()
+        #: Requests that run in pieces, by their id.
+        self._divisions: dict[int, Division] = {}
+        #: (model, method) of which results of pieces cannot be joined, or rows depend on each other.
+        self._undivided: set[tuple[str, str]] = set()
         #: Set while an executor is lost of which nobody knows yet what ended it.
         self._is_searching = False
         self._held: dict[str, asyncio.Future[None]] = {}
@@ -199,6 +205,7 @@ class Dispatcher:
         self._statistics.pop(model, None)
         self._culprits.forget(model)
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] != model}
+        self._undivided = {key for key in self._undivided if key[0] != model}
         self._resolve(self._drained.pop(model, None))
 
     def refuse_waiting(self, model: str, error: NosError) -> None:
@@ -235,12 +242,11 @@ class Dispatcher:
         now_s = request.arrived_s = self._loop.time()
         if self._culprits.has(request.model) and not self._may_run(request):
             return
-        self._requests[request.id] = request
         plan = self._plans.get((request.model, request.method))
         part = request.part = plan.part(request.arguments) if plan else None
-        if plan and part and 0 < plan.exact_rows < part.num_rows:
-            request.turn_away(batches.too_many_rows(plan, part))
+        if plan and part and part.num_rows > 1 and self._divide(request, plan, part):
             return
+        self._requests[request.id] = request
         wanted = device_queue.Request(
             id=request.id,
             model=request.model,
@@ -255,8 +261,39 @@ class Dispatcher:
         )
         self._apply(self._queue.arrive(wanted, now_s=now_s))
 
+    def _divide(self, request: Request, plan: batches.Plan, part: batches.Part) -> bool:
+        """Run a request that has more rows than a batch may have in pieces; return whether it has."""
+        most = self._queue.max_rows(request.model)
+        is_whole = request.is_piece or (request.model, request.method) in self._undivided
+        if part.num_rows <= most or is_whole:
+            return False
+        division = Division(request, plan, part, divided(part.num_rows, most), self._on_divided)
+        self._divisions[request.id] = division
+        for piece in division.pieces:
+            if division.is_over:
+                break
+            self.submit(piece)
+        return True
+
+    def _on_divided(self, division: Division, reply: Reply | None) -> None:
+        request = division.request
+        del self._divisions[request.id]
+        if reply is None:
+            self._undivided.add((request.model, request.method))
+            self.submit(request)
+            return
+        for piece in division.pieces if reply.error is not None else ():
+            self.cancel(piece.id)
+        self._requests[request.id] = request
+        self._end(request.id, reply)
+
     def cancel(self, request_id: int) -> None:
         """End a request early; an ended one is left alone."""
+        division = self._divisions.get(request_id)
+        if division is not None:
+            for piece in division.pieces:
+                self.cancel(piece.id)
+            return
         self._apply(self._queue.cancel(request_id, now_s=self._loop.time()))
 
     def end_all(self, error: NosError) -> None:
@@ -333,6 +370,11 @@ class Dispatcher:
         self._memory.started(batch.model)
         for request in [self._requests[item.id] for item in batch.requests]:
             request.granted_s = now_s
+            if request.trace:
+                name, size = run.executor.name, len(batch.requests)
+                _logger.debug(
+                    "frame %s runs on executor %s with %d more", request.trace, name, size - 1
+                )
             request.batch_wait_s = min(batch.gather_s, now_s - request.arrived_s)
             if batch.is_suspect and len(batch.requests) == 1:
                 run.digest = request.digest()
@@ -400,6 +442,7 @@ class Dispatcher:
             arguments,
             joined,
             partial(self._on_joined_reply, run, joined, arguments),
+            is_each=run.open[0].part is not None and run.open[0].part.is_item,
         )
 
     def _on_joined_reply(
@@ -420,8 +463,8 @@ class Dispatcher:
         plan = self._plans.get((run.batch.model, run.open[0].method))
         exact_rows = plan.exact_rows if plan else 0
         try:
-            replies = batches.split(reply, parts, exact_rows)
-        except (NosError, batches.WrongRowsError) as error:
+            replies = shares.split(reply, parts, exact_rows, is_cut=bool(plan and plan.is_cut))
+        except (NosError, shares.WrongRowsError) as error:
             _logger.info("a batch of %s failed: %s", run.batch.model, type(error).__name__)
             run.ran_out = isinstance(error, OutOfDeviceMemoryError)
             reply.release()
@@ -507,13 +550,12 @@ class Dispatcher:
             return
         batch = run.batch
         plan = self._plans.get((request.model, request.method))
-        exact_rows = plan.exact_rows if plan else 0
-        can_rescue = self._can_rescue(run, reply) and not exact_rows
+        can_rescue = self._can_rescue(run, reply) and not (plan and plan.exact_rows)
         if can_rescue and request.id not in run.streaming:
             again = partial(self._call_one, run, request, block)
             self._rescue(run, reply, again, partial(self._on_reply, run, request, block))
             return
-        reply = request.with_rows(reply, exact_rows)
+        reply = request.with_rows(reply, plan)
         if isinstance(reply.error, OutOfDeviceMemoryError):
             reply = self._no_room(request, block, reply, reply.error)
         run.has_culprit |= reply.error is not None
@@ -526,6 +568,8 @@ class Dispatcher:
         did_not_go = run.ran_out or not run.has_culprit if run.is_mixed is None else run.is_mixed
         if run.joined is not None and did_not_go:
             # Nothing was wrong with any of them: together they are too many, or do not mix.
+            if run.is_mixed:
+                self._undivided.add((request.model, request.method))
             learnt = self._queue.failed_together(
                 batch.model, batch.rows, now_s=self._loop.time(), is_final=run.is_mixed is True
             )
@@ -609,6 +653,8 @@ class Dispatcher:
         request.sink(reply)
 
     def _count(self, request: Request, reply: Reply) -> None:
+        if request.is_piece:
+            return
         statistics = self._of(request.model)
         if reply.error is not None:
             statistics.ended(reply.error)

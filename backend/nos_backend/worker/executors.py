@@ -432,6 +432,7 @@ class Executor(asyncio.Protocol):
         sink: Callable[[Reply], None],
         *,
         recurs: bool = False,
+        is_each: bool = False,
     ) -> None:
         """Run a method behind the calls before it; never blocks and never raises.
 
@@ -444,6 +445,7 @@ class Executor(asyncio.Protocol):
             block: Where the nodes' bytes are; becomes the executor's to release.
             sink: Gets any number of items and then exactly one last reply, never before this returns.
             recurs: Whether `arguments` is the very list of other calls of the method; never changed then.
+            is_each: Whether `arguments` are those of several calls, of whose results the result is a list.
         """
         if self._lost is not None:
             if block is not None:
@@ -464,6 +466,8 @@ class Executor(asyncio.Protocol):
             "args": arguments,
             "block": None,
         }
+        if is_each:
+            message["each"] = True
         if isinstance(block, Blocks):
             message["block"], message["pieces"] = [0, block.size], block.pieces
         elif block is not None:

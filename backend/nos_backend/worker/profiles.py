@@ -396,7 +396,7 @@ class _Sweep:
         ladder = _ladder(sample, method)
         self._modules.clear()
         found.note = await self._measure(sample, ladder, found)
-        if method.HasField("batching"):
+        if method.HasField("batching") and not method.batching.is_each:
             _choose(found, method.batching.max_rows, ladder if self.error is None else [])
         if isinstance(self.error, OutOfDeviceMemoryError):
             await self._predict(sample, ladder[len(found.points) :], found)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nos.errors import ModelError
 
-from nos_backend.worker import batches
+from nos_backend.worker import batches, shares
 from nos_backend.worker.comparison import is_same
 from nos_backend.worker.culprits import digest
 from nos_backend.worker.executors import Reply
@@ -49,8 +49,12 @@ class Request:
     """Names the stream that it came by; 0 for none."""
     is_bulk: bool = False
     """Others go first."""
+    is_piece: bool = False
+    """It is some rows of another, and counts with it."""
     recurs: bool = False
     """Whether `arguments` is the very list of other requests, for the method."""
+    trace: str = ""
+    """Names its stream and frame in logs; empty where nobody reads them."""
     id: int = field(default_factory=request_ids.__next__, init=False)
     arrived_s: float = field(default=0.0, init=False)
     granted_s: float = field(default=0.0, init=False)
@@ -77,15 +81,15 @@ class Request:
             self.input = None
         self.sink(failure(error))
 
-    def with_rows(self, reply: Reply, exact_rows: int) -> Reply:
+    def with_rows(self, reply: Reply, plan: batches.Plan | None) -> Reply:
         """Return its result with the rows that it has, or the error that the model gave others."""
         if reply.kind != "result" or self.part is None:
             return reply
         try:
-            if exact_rows:
-                return batches.split(reply, [self.part], exact_rows)[0]
-            batches.check(reply, self.part)
-        except batches.WrongRowsError as error:
+            if plan is not None and plan.exact_rows:
+                return shares.split(reply, [self.part], plan.exact_rows)[0]
+            shares.check(reply, self.part)
+        except shares.WrongRowsError as error:
             reply.release()
             text = f"{self.model} gave another number of rows than it got: {error}"
             return failure(ModelError(text, "WrongRowsError", str(error)))

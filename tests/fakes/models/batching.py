@@ -5,6 +5,7 @@ import time
 from typing import Annotated, Any
 
 import nos
+import numpy as np
 import torch
 
 Rows = Annotated[torch.Tensor, "float32[batch, 4]"]
@@ -156,3 +157,34 @@ class BatchMixed(Batch):
 @nos.model(name="fake/batch-checked", isolation="process", check_batch=True)
 class BatchChecked(Batch):
     """As it should be, and asks to be checked."""
+
+
+Waves = Annotated[torch.Tensor, "float32[batch, length]"]
+
+
+@nos.model(name="fake/batch-padded", isolation="process", pad="length")
+class BatchPadded:
+    """Takes rows of different lengths at once."""
+
+    def __call__(
+        self, x: Waves, mask: Annotated[torch.Tensor, "bool[batch, length]"] | None = None
+    ) -> Waves:
+        """Return each row without its mean; takes 20 ms. What is filled up makes no difference."""
+        time.sleep(0.02)
+        if mask is None:
+            mask = torch.ones_like(x, dtype=torch.bool)
+        mean = (x * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+        return torch.where(mask, x - mean, torch.nan)
+
+
+@nos.model(name="fake/batch-items", isolation="process", batch=True)
+class BatchItems:
+    """Takes one image at a time."""
+
+    def __call__(
+        self, image: Annotated[np.ndarray, "uint8[height, width]"], plus: int = 0
+    ) -> dict[str, Any]:
+        """Return its sum and itself; raise ValueError for one that begins with 13."""
+        if image[0, 0] == 13:
+            raise ValueError("thirteen")
+        return {"sum": int(image.sum()) + plus, "image": image}

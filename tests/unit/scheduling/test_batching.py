@@ -6,7 +6,9 @@ import random
 import statistics
 
 import pytest
-from nos_backend.scheduling.batching import BatchLimits, BatchTime, form
+from hypothesis import given
+from hypothesis import strategies as st
+from nos_backend.scheduling.batching import BatchLimits, BatchTime, bucket, divided, form
 from nos_backend.scheduling.device_queue import Request
 
 from tests.accept import Accept
@@ -35,7 +37,7 @@ def open_loop(rate_hz: float, limits: BatchLimits | None = None, num: int = 20_0
 def test_mean_latency_in_open_loop_meets_the_bound_of_batch_while_busy(
     rate_hz: float, accept: Accept
 ) -> None:
-    device = open_loop(rate_hz)
+    device = open_loop(rate_hz, num=20_000 if accept.strict else 5_000)
     mean_s = statistics.fmean(item.latency_s for item in device.done)
     accept.figure(mean_s / inoue_bound_s(rate_hz), 1.10, f"x the bound at {rate_hz}/s")
     assert mean_s <= 1.10 * inoue_bound_s(rate_hz)
@@ -279,3 +281,21 @@ def test_a_light_tenant_waits_for_two_batches_of_a_hog_at_most(accept: Accept) -
     longest_s = max(tau_s(batch.rows) for batch in device.batches)
     accept.figure(p99_s, 2 * longest_s + tau_s(1), "s p99 of light tenants")
     assert p99_s <= 2 * longest_s + tau_s(1)
+
+
+@given(st.integers(1, 1 << 20))
+def test_rows_share_a_batch_with_those_a_half_longer_at_most(length: int) -> None:
+    longest = bucket(length)
+    assert length <= longest <= max(length + 1, 1.5 * length)
+    assert bucket(longest) == longest
+    assert bucket(longest + 1) > longest
+
+
+@given(st.integers(2, 1 << 24), st.integers(1, 1 << 12))
+def test_a_request_of_many_rows_is_divided_into_full_batches(num_rows: int, max_rows: int) -> None:
+    sizes = divided(num_rows, max_rows)
+    assert sum(sizes) == num_rows
+    assert len(sizes) <= 1024
+    assert set(sizes[:-1]) <= {sizes[0]}
+    assert 0 < sizes[-1] <= sizes[0]
+    assert sizes[0] <= max_rows or len(sizes) > 512

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
-from nos.errors import ModelError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nos.wire.v1 import models_pb2
 from nos_backend.control.describe import describe
 from nos_backend.executor.arena import Arena
-from nos_backend.worker import batches
+from nos_backend.worker import batches, shares
 from nos_backend.worker.executors import Block, Reply
 
 SOURCE = """
@@ -31,6 +33,17 @@ class Model:
     def stream(self, x: Rows):
         yield x
 """
+PADDED = """
+import nos
+from typing import Annotated
+import torch
+Texts = Annotated[torch.Tensor, "float32[batch, length, 2]"]
+@nos.model(name="m", pad="length")
+class Model:
+    def __call__(
+        self, x: Texts, mask: Annotated[torch.Tensor, "bool[batch, length]"] | None = None
+    ) -> Texts: ...
+"""
 
 
 def spec(batch: str = "True") -> models_pb2.ModelSpec:
@@ -45,8 +58,13 @@ def tensor(*shape: int, offset: int = 0) -> dict[str, Any]:
     return {"t": ["float32", list(shape), offset]}
 
 
+def read(reply: Reply) -> np.ndarray[Any, Any]:
+    dtype, shape, offset = reply.node["t"]
+    return np.frombuffer(reply.block[offset:], dtype, math.prod(shape)).reshape(shape)
+
+
 def test_methods_batch_where_their_author_says_so() -> None:
-    assert set(batches.plans(spec())) == {"rows", "leading", "texts"}
+    assert set(batches.plans(spec())) == {"rows", "leading", "texts", "one"}
     assert set(batches.plans(spec("None"))) == {"rows", "leading"}
     assert batches.limits(spec("16")).max_rows == 16
     assert batches.plans(spec("False")) == {}
@@ -136,7 +154,7 @@ def test_leading_dimensions_are_joined_to_rows_and_given_back(arena: Arena) -> N
     )
     np.testing.assert_array_equal(x + 1, y)
     whole = memoryview(x.tobytes())
-    replies = batches.split(Reply("result", tensor(8, 2), whole), [item.part for item in members])
+    replies = shares.split(Reply("result", tensor(8, 2), whole), [item.part for item in members])
     for reply, array in zip(replies, arrays, strict=True):
         _, shape, offset = reply.node["t"]
         np.testing.assert_array_equal(
@@ -145,28 +163,63 @@ def test_leading_dimensions_are_joined_to_rows_and_given_back(arena: Arena) -> N
         assert reply.batch_size == 3
 
 
-def test_the_result_is_released_with_its_last_share() -> None:
-    released: list[int] = []
-    whole = Reply.shared(
-        {"l": ["a", "b", "c"]}, memoryview(b""), 0.0, 1, lambda: released.append(1)
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(5, 6)), min_size=1, max_size=6))
+def test_rows_of_different_lengths_are_filled_up_and_cut_again(
+    shapes: list[tuple[int, int]],
+) -> None:
+    arena = Arena(Arena.create_fd(1 << 16))
+    arena.view[:] = b"\xff" * len(arena.view)  # what was there before is nobody's padding
+    found = batches.plans(describe(PADDED)[0].spec)["__call__"]
+    arrays = [
+        np.random.default_rng(n).random((*shape, 2), np.float32) for n, shape in enumerate(shapes)
+    ]
+    members = [member(arena, found, array) for array in arrays]
+    assert len({item.part.key for item in members}) == 1
+    arguments, joined = batches.join(found, members)
+    block = arena.gather([list(piece) for piece in joined.pieces], joined.size)
+    longest = max(length for _, length in shapes)
+    _, shape, offset = arguments[0][1]["t"]
+    assert shape == [sum(rows for rows, _ in shapes), longest, 2]
+    together = np.frombuffer(block[offset:], np.float32, math.prod(shape)).reshape(shape)
+    real = np.concatenate(
+        [np.arange(longest) < np.full((rows, 1), length) for rows, length in shapes]
     )
-    parts = [batches.Part("k", (1,), 1), batches.Part("k", (2,), 2)]
-    first, second = batches.split(whole, parts)
-    assert (first.node, second.node) == ({"l": ["a"]}, {"l": ["b", "c"]})
-    first.release()
-    first.release()
-    assert not released
-    second.release()
-    assert released == [1]
+    assert not together[~real].any()
+    assert (len(arguments) == 2) == (not real.all())
+    if len(arguments) == 2:
+        name, node = arguments[1]
+        mask = np.frombuffer(block[node["t"][2] :], np.bool_, real.size).reshape(real.shape)
+        assert name == "mask"
+        np.testing.assert_array_equal(mask, real)
+    whole = Reply("result", tensor(*shape), memoryview((2 * together).tobytes()))
+    parts = [item.part for item in members]
+    for reply, array in zip(shares.split(whole, parts, is_cut=found.is_cut), arrays, strict=True):
+        np.testing.assert_array_equal(read(reply), 2 * array)
 
 
-@pytest.mark.parametrize("node", [tensor(3, 2), {"l": [1]}, 1.0, None, {"d": [["x", "text"]]}])
-def test_a_result_of_other_rows_is_not_split(node: Any) -> None:
-    parts = [batches.Part("k", (1,), 1)] * 2
-    with pytest.raises(batches.WrongRowsError):
-        batches.split(Reply("result", node), parts)
+def test_a_caller_that_gives_a_mask_runs_alone() -> None:
+    found = batches.plans(describe(PADDED)[0].spec)["__call__"]
+    mask = {"t": ["bool", [1, 5], 64]}
+    assert found.part([["x", tensor(1, 5, 2)], ["mask", mask]]) is None
+    parts = [found.part([["x", tensor(1, length, 2)]]) for length in (5, 6, 7)]
+    keys = [part.key for part in parts if part is not None]
+    assert keys[0] == keys[1] != keys[2]
 
 
-def test_a_failed_batch_has_nothing_to_split() -> None:
-    with pytest.raises(ModelError):
-        batches.split(Reply("error", error=ModelError("raised")), [batches.Part("k", (1,), 1)])
+def test_single_items_lie_side_by_side_where_they_came(arena: Arena) -> None:
+    found = plan("one")
+    arrays = [np.random.default_rng(n).random(2 + n, np.float32) for n in range(3)]
+    arena.allocate(64)
+    members = [member(arena, found, array) for array in arrays]
+    arguments, joined = batches.join(found, members)
+    block = arena.gather([list(piece) for piece in joined.pieces], joined.size)
+    for [[name, node]], array in zip(arguments, arrays, strict=True):
+        _, shape, offset = node["t"]
+        found_array = np.frombuffer(block[offset:], np.float32, shape[0])
+        assert name == "x"
+        np.testing.assert_array_equal(found_array, array)
+        assert np.shares_memory(found_array, np.frombuffer(arena.view, np.uint8))
+    listed = Reply("result", {"l": [1.5, "two", {"l": [3]}]})
+    parts = [item.part for item in members]
+    assert [it.node for it in shares.split(listed, parts)] == [1.5, "two", {"l": [3]}]
