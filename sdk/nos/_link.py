@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nos._channel import Duplex, Metadata, Transport
+
+_logger = logging.getLogger(__name__)
 
 STREAM_PATH: Final = "/nos.v1.InferenceService/Stream"
 
@@ -254,6 +257,8 @@ class Link:
         self.route: Route | None = None
         #: Whether the server asked its clients to go elsewhere: then nothing failed.
         self.left_in_peace = False
+        #: As the server names the stream; what it and the number of a frame name is in the logs of all.
+        self._stream_id = ""
 
     def start(self) -> None:
         """Open the stream, in a thread that lives as long as it."""
@@ -448,6 +453,8 @@ class Link:
         for event in events:
             if isinstance(event, Welcomed):
                 self._was_welcomed = True
+                self._stream_id = event.stream_id
+                _logger.debug("stream %s to %s goes %s", event.stream_id, self.name, self.route)
             elif isinstance(event, Leaving):
                 self._is_half_closed = True
                 self.left_in_peace = True
@@ -461,10 +468,19 @@ class Link:
                 told.append((self._open[event.seq], event))
             elif isinstance(event, Done | Failed):
                 told.append((self._open.pop(event.seq), event))
+                if _logger.isEnabledFor(logging.DEBUG):
+                    self._log_end(event)
         if told:
             self._used_s = time.monotonic()
             self._maybe_finish()
         return told
+
+    def _log_end(self, event: Done | Failed) -> None:
+        name = f"{self._stream_id}/{event.seq}"
+        if isinstance(event, Failed):
+            _logger.debug("frame %s ends: %s", name, type(event.error).__name__)
+        else:
+            _logger.debug("frame %s ends: %.6f s at the server", name, event.timings.server_s)
 
     @staticmethod
     def _deliver(told: list[tuple[Call, Item | Done | Failed]]) -> None:
@@ -492,6 +508,9 @@ class Link:
             seq, messages = self._session.send(frame)
             self._open[seq] = call
             call.frame = None
+            if _logger.isEnabledFor(logging.DEBUG):
+                size = frame.payload.size
+                _logger.debug("frame %s/%d is sent: %d bytes", self._stream_id, seq, size)
             if self._stream is not None:
                 for message in messages:
                     self._stream.put(message)

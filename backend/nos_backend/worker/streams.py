@@ -391,6 +391,9 @@ class Stream:
             recurs=frame.recurs,
             is_bulk=frame.is_bulk,
         )
+        if _logger.isEnabledFor(logging.DEBUG):
+            frame.request.trace = self._trace(frame)
+            _logger.debug("frame %s has arrived: %d bytes", frame.request.trace, frame.size)
         frame.call = frame.input = None
         self._manager.submit(frame.request)
 
@@ -498,6 +501,8 @@ class Stream:
             self._num_ended += 1
             if len(self._frames) < _CLOGGED_FRAMES:
                 self._flowing.set()
+            if _logger.isEnabledFor(logging.DEBUG):
+                self._log_end(frame, reply)
         error = reply.error
         if error is None:
             try:
@@ -507,6 +512,18 @@ class Stream:
         visible = self._access.visible(error, self._owner)
         failed = inference_pb2.StreamResponse(seq=seq, error=to_message(visible))
         return seq, failed.SerializeToString(), NO_BYTES
+
+    def _trace(self, frame: _Frame) -> str:
+        return f"{self._id}/{frame.seq}"
+
+    def _log_end(self, frame: _Frame, reply: Reply) -> None:
+        if reply.error is not None or frame.request is None:
+            _logger.debug("frame %s ends: %s", self._trace(frame), type(reply.error).__name__)
+            return
+        names = ("queue", "batch wait", "compute", "server")
+        times_s = timings_of(frame.request, reply, self._loop.time())
+        parts = ", ".join(f"{name} {s:.6f} s" for name, s in zip(names, times_s, strict=False))
+        _logger.debug("frame %s ends: %s", self._trace(frame), parts)
 
     def _result_header(self, frame: _Frame, reply: Reply) -> bytes:
         value = self._values.get(reply.raw_node) if reply.raw_node else None
