@@ -58,8 +58,14 @@ def fake_models(*names: str) -> dict[str, ModelDefinition]:
 class Plane:
     """A running data plane."""
 
-    def __init__(self, *, max_streams: int = MAX_STREAMS, **options: Any) -> None:
-        self.signer = TicketSigner.generate()
+    def __init__(
+        self,
+        *,
+        max_streams: int = MAX_STREAMS,
+        weights: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        self.signer = TicketSigner.generate(weights)
         self.verifier = TicketVerifier(self.signer.public_key_bytes)
         self.events: list[tuple[str, str, str]] = []
         self._options = options

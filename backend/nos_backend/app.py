@@ -71,7 +71,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
     tokens = Tokens.from_file(arguments.token_file)
     for token in registry.read_tokens():
         tokens.accept(token)
-    signer = TicketSigner.generate()
+    signer = TicketSigner.generate(dict(arguments.weight))
     link = ClusterLink()
     ca_certificate = TlsFiles(arguments.tls_dir).ca.read_bytes() if arguments.tls_dir else b""
     server = GatewayServer(
@@ -159,6 +159,11 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _weight(text: str) -> tuple[str, float]:
+    tenant, _, weight = text.rpartition("=")
+    return tenant, float(weight)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nos_backend.app", description="The gateway.")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen")
@@ -172,6 +177,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--token-file", type=Path, required=True, help="holds the token")
     parser.add_argument(
         "--models", type=Path, action="append", default=[], help="a folder to serve"
+    )
+    parser.add_argument(
+        "--weight", type=_weight, action="append", default=[], help="TENANT=SHARE of a device"
     )
     parser.add_argument("--metrics-port", type=int, default=0, help="0 for no metrics")
     parser.add_argument("--idle-shutdown-s", type=float, default=0.0, help="0 for never")

@@ -33,6 +33,9 @@ _PREFIX: Final = "NOS_"
 _OTHER_VARIABLES: Final = frozenset({"NOS_ADDRESS", "NOS_TOKEN_FILE", "NOS_WEIGHTS_DIR"})
 _OTHER_PREFIXES: Final = ("NOS_WORKER_", "NOS_PLANE_")
 
+_MIN_WEIGHT: Final = 0.01
+_MAX_WEIGHT: Final = 100.0
+
 _Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -89,6 +92,8 @@ class Settings(BaseSettings):
     """Replicas of a model that may have several leave after they have been too many for so many seconds."""
     drain_s: Annotated[float, Field(gt=0)] = 30.0
     """Streams may stay so many seconds on a replica that leaves; what they sent is answered all the same."""
+    weights: Annotated[dict[str, float], NoDecode] = {}
+    """Shares of a busy device by tenant, 1 where none is said: ann=4,bob=0.5; at least 0.01, at most 100."""
     state_dir: Path = Field(default_factory=state_dir)
     """Folder for the token, the logs and what the gateway keeps."""
     models: Annotated[list[Path], NoDecode] = []
@@ -101,6 +106,22 @@ class Settings(BaseSettings):
     """Port of the Prometheus metrics, on loopback, for every user of this machine; 0 serves none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much the logs hold."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _split_weights(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        pairs = [part.partition("=") for part in given.split(",") if part.strip()]
+        return {tenant.strip(): weight for tenant, _, weight in pairs}
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, given: dict[str, float]) -> dict[str, float]:
+        for tenant, weight in given.items():
+            if not tenant or not _MIN_WEIGHT <= weight <= _MAX_WEIGHT:
+                raise ValueError(f"tenant=share, 0.01 <= share <= 100, got {tenant}={weight:g}")
+        return given
 
     @field_validator("models", mode="before")
     @classmethod

@@ -241,6 +241,8 @@ def _gateway_command(
         arguments += ["--tls-cert", str(public.cert), "--tls-key", str(public.key)]
     if settings.metrics_port:
         arguments += ["--metrics-port", str(settings.metrics_port)]
+    for tenant, weight in settings.weights.items():
+        arguments += ["--weight", f"{tenant}={weight:g}"]
     for folder in settings.models:
         arguments += ["--models", str(folder)]
     return Command(arguments=arguments, environ=gateway_environ(is_encrypted=tls is not None))

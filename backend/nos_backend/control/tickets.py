@@ -17,7 +17,7 @@ from nos.errors import UnauthenticatedError
 from nos.wire.v1 import access_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 TICKET_TTL_S = 60.0
 
@@ -27,13 +27,18 @@ _HINT = "Ask the gateway for a fresh one with ClusterService.Resolve"
 class TicketSigner:
     """Makes tickets; lives in the gateway."""
 
-    def __init__(self, key: Ed25519PrivateKey) -> None:
+    def __init__(self, key: Ed25519PrivateKey, weights: Mapping[str, float]) -> None:
         self._key = key
+        self._weights = weights
 
     @classmethod
-    def generate(cls) -> Self:
-        """Return a signer with a new key, which exists in this process's memory only."""
-        return cls(Ed25519PrivateKey.generate())
+    def generate(cls, weights: Mapping[str, float] | None = None) -> Self:
+        """Return a signer with a new key, which exists in this process's memory only.
+
+        Args:
+            weights: Shares of a device by tenant; 1 for all others.
+        """
+        return cls(Ed25519PrivateKey.generate(), weights or {})
 
     @property
     def public_key_bytes(self) -> bytes:
@@ -63,6 +68,7 @@ class TicketSigner:
             role=role,
             expires_s=time.time() + ttl_s,
             token_id=token_id,
+            weight=self._weights.get(tenant, 1.0),
         ).SerializeToString()
         return access_pb2.SignedTicket(
             ticket=ticket, signature=self._key.sign(ticket)

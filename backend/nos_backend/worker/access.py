@@ -35,6 +35,11 @@ class Access:
         """The one version that it opens, as `name@v3`."""
         return self.ticket.model
 
+    @property
+    def weight(self) -> float:
+        """The tenant's share of a device, against those of others."""
+        return self.ticket.weight or 1.0
+
     def visible(self, error: NosError, owner: str) -> NosError:
         """Return `error` as this caller may see it.
 

@@ -257,6 +257,7 @@ class Dispatcher:
             key=(request.method, part.key) if part else None,
             rows=part.num_rows if part else 1,
             sender=request.sender,
+            weight=request.weight,
             is_bulk=request.is_bulk,
         )
         self._apply(self._queue.arrive(wanted, now_s=now_s))

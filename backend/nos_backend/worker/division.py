@@ -53,6 +53,7 @@ class Division:
                 model=request.model,
                 method=request.method,
                 tenant=request.tenant,
+                weight=request.weight,
                 arguments=arguments,
                 sink=partial(self._on_reply, index),
                 input=Input.copy_of(block) if block.nbytes else None,

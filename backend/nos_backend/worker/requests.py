@@ -35,6 +35,8 @@ class Request:
     method: str
     tenant: str
     """For whom it runs; fairness is between tenants."""
+    weight: float = 1.0
+    """That tenant's share of the device, against those of others."""
     arguments: list[list[Any]]
     """JSON nodes, checked."""
     sink: Callable[[Reply], None]

@@ -310,6 +310,7 @@ class DataPlane:
             model=access.model,
             method=call.method,
             tenant=access.ticket.tenant,
+            weight=access.weight,
             arguments=call.arguments,
             sink=answer.take,
             input=taken,

@@ -381,6 +381,7 @@ class Stream:
             model=self._model,
             method=frame.call.method,
             tenant=self._access.ticket.tenant,
+            weight=self._access.weight,
             arguments=frame.call.arguments,
             sink=partial(self._on_reply, frame),
             input=frame.input,

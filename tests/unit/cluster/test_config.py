@@ -30,6 +30,13 @@ def test_folders_of_models_come_from_several_flags_or_one_variable(tmp_path, mon
     assert load_settings({}).models == [tmp_path, tmp_path]
 
 
+def test_shares_of_tenants_come_from_a_flag_or_a_table(tmp_path):
+    assert load_settings({"weights": "ann=4, bob=0.5"}).weights == {"ann": 4, "bob": 0.5}
+    config = tmp_path / "nos.toml"
+    config.write_text("[weights]\nann = 2\n")
+    assert load_settings({}, config).weights == {"ann": 2}
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -55,6 +62,10 @@ def test_folders_of_models_come_from_several_flags_or_one_variable(tmp_path, mon
         ({"host_bytes": "0"}, "bad --host-bytes: expected greater than 0, got '0'"),
         ({"eviction": "random"}, "bad --eviction: expected 'lru', 'fifo', 'lfu' or 'gdsf', got"),
         ({"max_models": "-1"}, "bad --max-models: .*got '-1'"),
+        ({"weights": "ann"}, "bad --weights: .*got ''"),
+        ({"weights": "ann=0"}, "bad --weights: expected tenant=share, 0.01 <= .*got ann=0"),
+        ({"weights": "ann=nan"}, "bad --weights: .*got ann=nan"),
+        ({"weights": "=2"}, "bad --weights: .*got =2"),
     ],
 )
 def test_a_bad_flag_is_one_sentence(flags, sentence):

@@ -260,6 +260,23 @@ def test_equal_tenants_get_equal_seconds_of_the_device(accept: Accept) -> None:
 
 
 @pytest.mark.accept("C7")
+def test_tenants_get_seconds_of_the_device_by_their_weights() -> None:
+    device = Device({model: BatchLimits(max_rows=8) for model in "abc"})
+    weights = {"a": 1.0, "b": 2.0, "c": 4.0}
+
+    def again(model: str) -> None:
+        request = {"tenant": model, "weight": weights[model]}
+        device.send(model, **request, then=lambda _: again(model))
+
+    for model in weights:
+        for _ in range(40):
+            again(model)
+    device.run(10)
+    for model, weight in weights.items():
+        assert device.used_s[model] == pytest.approx(10 * weight / 7, rel=0.1)
+
+
+@pytest.mark.accept("C7")
 def test_a_light_tenant_waits_for_two_batches_of_a_hog_at_most(accept: Accept) -> None:
     device, rng = Device({"a": BatchLimits(max_rows=32), "b": BatchLimits()}), random.Random(3)
 

@@ -87,6 +87,7 @@ class Device:
         ttl_s: float | None = None,
         key: str | None = "k",
         may_wait: bool = True,
+        weight: float = 1.0,
         then: Callable[[Done], None] | None = None,
     ) -> int:
         """A request arrives now."""
@@ -99,6 +100,7 @@ class Device:
             key=key,
             deadline_s=None if ttl_s is None else self.now_s + ttl_s,
             may_wait=may_wait,
+            weight=weight,
         )
         self._open[request.id] = request, self.now_s, then
         self._apply(self.queue.arrive(request, now_s=self.now_s))

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13nos/v1/access.proto\x12\x06nos.v1\"z\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x1a\n\x04role\x18\x03 \x01(\x0e\x32\x0c.nos.v1.Role\x12\x11\n\texpires_s\x18\x04 \x01(\x01\x12\r\n\x05label\x18\x05 \x01(\t\x12\x11\n\tcreated_s\x18\x06 \x01(\x01\"^\n\x12\x43reateTokenRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x1a\n\x04role\x18\x02 \x01(\x0e\x32\x0c.nos.v1.Role\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\r\n\x05label\x18\x04 \x01(\t\"C\n\x13\x43reateTokenResponse\x12\x1c\n\x05token\x18\x01 \x01(\x0b\x32\r.nos.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\"\x13\n\x11ListTokensRequest\"3\n\x12ListTokensResponse\x12\x1d\n\x06tokens\x18\x01 \x03(\x0b\x32\r.nos.v1.Token\"&\n\x12RevokeTokenRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"\x15\n\x13RevokeTokenResponse\"\x0f\n\rWhoAmIRequest\".\n\x0eWhoAmIResponse\x12\x1c\n\x05token\x18\x01 \x01(\x0b\x32\r.nos.v1.Token\"h\n\x06Ticket\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x1a\n\x04role\x18\x03 \x01(\x0e\x32\x0c.nos.v1.Role\x12\x11\n\texpires_s\x18\x04 \x01(\x01\x12\x10\n\x08token_id\x18\x05 \x01(\t\"1\n\x0cSignedTicket\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c*]\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_VIEWER\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x0f\n\x0bROLE_AUTHOR\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x32\x9d\x02\n\rAccessService\x12\x46\n\x0b\x43reateToken\x12\x1a.nos.v1.CreateTokenRequest\x1a\x1b.nos.v1.CreateTokenResponse\x12\x43\n\nListTokens\x12\x19.nos.v1.ListTokensRequest\x1a\x1a.nos.v1.ListTokensResponse\x12\x46\n\x0bRevokeToken\x12\x1a.nos.v1.RevokeTokenRequest\x1a\x1b.nos.v1.RevokeTokenResponse\x12\x37\n\x06WhoAmI\x12\x15.nos.v1.WhoAmIRequest\x1a\x16.nos.v1.WhoAmIResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13nos/v1/access.proto\x12\x06nos.v1\"z\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x1a\n\x04role\x18\x03 \x01(\x0e\x32\x0c.nos.v1.Role\x12\x11\n\texpires_s\x18\x04 \x01(\x01\x12\r\n\x05label\x18\x05 \x01(\t\x12\x11\n\tcreated_s\x18\x06 \x01(\x01\"^\n\x12\x43reateTokenRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x1a\n\x04role\x18\x02 \x01(\x0e\x32\x0c.nos.v1.Role\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\r\n\x05label\x18\x04 \x01(\t\"C\n\x13\x43reateTokenResponse\x12\x1c\n\x05token\x18\x01 \x01(\x0b\x32\r.nos.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\"\x13\n\x11ListTokensRequest\"3\n\x12ListTokensResponse\x12\x1d\n\x06tokens\x18\x01 \x03(\x0b\x32\r.nos.v1.Token\"&\n\x12RevokeTokenRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"\x15\n\x13RevokeTokenResponse\"\x0f\n\rWhoAmIRequest\".\n\x0eWhoAmIResponse\x12\x1c\n\x05token\x18\x01 \x01(\x0b\x32\r.nos.v1.Token\"x\n\x06Ticket\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x1a\n\x04role\x18\x03 \x01(\x0e\x32\x0c.nos.v1.Role\x12\x11\n\texpires_s\x18\x04 \x01(\x01\x12\x10\n\x08token_id\x18\x05 \x01(\t\x12\x0e\n\x06weight\x18\x06 \x01(\x01\"1\n\x0cSignedTicket\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c*]\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_VIEWER\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x0f\n\x0bROLE_AUTHOR\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x32\x9d\x02\n\rAccessService\x12\x46\n\x0b\x43reateToken\x12\x1a.nos.v1.CreateTokenRequest\x1a\x1b.nos.v1.CreateTokenResponse\x12\x43\n\nListTokens\x12\x19.nos.v1.ListTokensRequest\x1a\x1a.nos.v1.ListTokensResponse\x12\x46\n\x0bRevokeToken\x12\x1a.nos.v1.RevokeTokenRequest\x1a\x1b.nos.v1.RevokeTokenResponse\x12\x37\n\x06WhoAmI\x12\x15.nos.v1.WhoAmIRequest\x1a\x16.nos.v1.WhoAmIResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nos.v1.access_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=679
-  _globals['_ROLE']._serialized_end=772
+  _globals['_ROLE']._serialized_start=695
+  _globals['_ROLE']._serialized_end=788
   _globals['_TOKEN']._serialized_start=31
   _globals['_TOKEN']._serialized_end=153
   _globals['_CREATETOKENREQUEST']._serialized_start=155
@@ -52,9 +52,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WHOAMIRESPONSE']._serialized_start=474
   _globals['_WHOAMIRESPONSE']._serialized_end=520
   _globals['_TICKET']._serialized_start=522
-  _globals['_TICKET']._serialized_end=626
-  _globals['_SIGNEDTICKET']._serialized_start=628
-  _globals['_SIGNEDTICKET']._serialized_end=677
-  _globals['_ACCESSSERVICE']._serialized_start=775
-  _globals['_ACCESSSERVICE']._serialized_end=1060
+  _globals['_TICKET']._serialized_end=642
+  _globals['_SIGNEDTICKET']._serialized_start=644
+  _globals['_SIGNEDTICKET']._serialized_end=693
+  _globals['_ACCESSSERVICE']._serialized_start=791
+  _globals['_ACCESSSERVICE']._serialized_end=1076
 # @@protoc_insertion_point(module_scope)

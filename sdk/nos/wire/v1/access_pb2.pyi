@@ -287,6 +287,7 @@ class Ticket(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     EXPIRES_S_FIELD_NUMBER: _builtins.int
     TOKEN_ID_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model it opens, as `name@v3`."""
     tenant: _builtins.str
@@ -297,6 +298,8 @@ class Ticket(_message.Message):
     """When it ends, in seconds since 1970, by the gateway's clock."""
     token_id: _builtins.str
     """The token it came from."""
+    weight: _builtins.float
+    """The tenant's share of a device, against those of others; 0 means 1."""
     def __init__(
         self,
         *,
@@ -305,10 +308,11 @@ class Ticket(_message.Message):
         role: Global___Role.ValueType = ...,
         expires_s: _builtins.float = ...,
         token_id: _builtins.str = ...,
+        weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_s", b"expires_s", "model", b"model", "role", b"role", "tenant", b"tenant", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_s", b"expires_s", "model", b"model", "role", b"role", "tenant", b"tenant", "token_id", b"token_id", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
