@@ -17,6 +17,7 @@ def flags_for(server: Server) -> tuple[str, ...]:
         f"--NosApp.address={server.address}",
         f"--NosApp.token_file={server.token_file}",
         "--LabApp.expose_app_in_browser=True",
+        "--NosApp.dask_dashboard=True",
     )
 
 

@@ -242,6 +242,10 @@ class ServePlane(SchedulerPlugin):
         return {"profiles": [reply for reply in replies if "profile" in reply]}
 
     async def state(self) -> dict[str, Any]:
+        """Return what `snapshot` does."""
+        return self.snapshot()
+
+    def snapshot(self) -> dict[str, Any]:
         """Return workers and models as plain containers; the form stands at `ClusterLink.state`."""
         workers = [
             {

@@ -6,6 +6,15 @@ from typing import TYPE_CHECKING
 
 from nos_backend.cluster.plane import ServePlane
 
+try:
+    from nos_backend.cluster import dashboard
+except ImportError:  # without bokeh there is no dashboard, and a scheduler serves all the same
+    _link = None
+else:
+    # Now: a scheduler takes its pages before it starts.
+    dashboard.install()
+    _link = dashboard.link
+
 if TYPE_CHECKING:
     from distributed import Scheduler
 
@@ -15,3 +24,5 @@ async def dask_setup(scheduler: Scheduler) -> None:
     plane = ServePlane()
     await plane.start(scheduler)
     scheduler.add_plugin(plane, idempotent=True)
+    if _link is not None:
+        _link(scheduler)
