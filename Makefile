@@ -14,8 +14,9 @@ PROTO_ENVIRONMENT := .venv-proto/.stamp
 WEIGHTS := build/weights
 ROWS ?=
 SOAK_S ?= 1200
+CHAOS_S ?= 900
 
-.PHONY: help demo test long lint format types proto bench accept soak gpu-check clean
+.PHONY: help demo test long lint format types proto bench accept soak chaos gpu-check clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -79,6 +80,9 @@ accept: $(ENVIRONMENT) ## Check the rows of docs/acceptance.md (ROWS=A,B4 for so
 
 soak: $(ENVIRONMENT) $(WEIGHTS) ## Keep a server under load, kills and out-of-memory for SOAK_S seconds; prints a verdict
 	@NOS_WEIGHTS_DIR=$(abspath $(WEIGHTS)) $(PY) benchmarks/soak.py --seconds $(SOAK_S)
+
+chaos: $(ENVIRONMENT) ## Kill executors, workers and the scheduler under streams and large jobs for CHAOS_S seconds
+	@CHAOS_S=$(CHAOS_S) $(PY) -m pytest --long --quiet --no-header -s tests/faults/test_cluster_faults.py -k chaos
 
 gpu-check: ## Run the checks for a CUDA device with the python3 at hand; installs nothing
 	@PYTHONPATH=.:sdk:backend $(PYTHON) -m pytest -c tests/gpu/pytest.ini --rootdir=. --confcutdir=tests/gpu \

@@ -58,7 +58,8 @@ class Settings(BaseSettings):
     """auto (every CUDA device, else the processor), cpu, cuda (every one), cuda:N, or none: no worker here,
     where a scheduler is joined that has its own."""
     workers: Annotated[int, Field(ge=0, le=64)] = 0
-    """Number of workers; 0 means one per device."""
+    """Number of workers; 0 means one per device. On CUDA, more than there are devices share them and their
+    memory in equal parts."""
     scheduler: str = ""
     """Join the Dask scheduler at this address (tls://host:port, or tcp:// on loopback); empty starts one."""
     tls_dir: Annotated[Path | None, Field(validate_default=True)] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ from nos_backend.cluster.launch import (
 from nos_backend.public_tls import own_address
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from nos_backend.config import Settings
@@ -34,6 +36,8 @@ _LOOPBACK: Final = "127.0.0.1"
 _DASHBOARD_PORT: Final = 8787
 #: As many as `--workers` takes.
 _MAX_CPU_WORKERS: Final = 64
+#: Workers on one CUDA device: each has a context of its own there, of some 500 MB.
+_MAX_SHARING: Final = 8
 #: In the state folder: the homes of owners' users.
 HOMES_NAME: Final = "homes"
 
@@ -104,6 +108,7 @@ def plan_children(
             settings=WorkerSettings(
                 device=device,
                 capacity_bytes=settings.capacity_bytes,
+                num_sharing=list(devices.values()).count(device),
                 headroom_bytes=settings.headroom_bytes,
                 eviction=settings.eviction,
                 max_models=settings.max_models,
@@ -151,7 +156,7 @@ def choose_devices(settings: Settings) -> tuple[dict[str, str], int]:
     """Return the names of all workers that there may be, with their devices, and how many to start with.
 
     Raises:
-        ConfigError: If the machine has no such device, or fewer than workers are wanted.
+        ConfigError: If the machine has no such device, or too few for so many workers.
     """
     asked, num_workers = settings.device, settings.workers
     if asked == "none":
@@ -172,11 +177,24 @@ def choose_devices(settings: Settings) -> tuple[dict[str, str], int]:
     devices = found if asked in ("auto", "cuda") else [describe_device(asked, os.environ).name]
     if devices == ["cpu"]:
         return {f"cpu-{index}": "cpu" for index in range(_MAX_CPU_WORKERS)}, max(1, num_workers)
-    if num_workers > len(devices):
-        raise ConfigError(
-            "bad --workers", "workers", f"at most {len(devices)}, one per device", str(num_workers)
-        )
-    return {device.replace(":", "-"): device for device in devices}, num_workers or len(devices)
+    return share(devices, num_workers), num_workers or len(devices)
+
+
+def share(devices: Sequence[str], num_workers: int) -> dict[str, str]:
+    """Return the names of workers with their CUDA devices, which share them where there are more workers.
+
+    Raises:
+        ConfigError: If they are more than make sense.
+    """
+    num_sharing = max(1, math.ceil(num_workers / len(devices)))
+    if num_sharing > _MAX_SHARING:
+        most = _MAX_SHARING * len(devices)
+        raise ConfigError("bad --workers", "workers", f"at most {most}", str(num_workers))
+    return {
+        device.replace(":", "-") + (f"-{index}" if index else ""): device
+        for index in range(num_sharing)
+        for device in devices
+    }
 
 
 def reserve_port(host: str, port: int, flag: str) -> int:

@@ -56,6 +56,16 @@ def _apply(client: Client, entry: ModelEntry) -> dict[str, str]:
         idle_unload_s=entry.idle_unload_s,
         source_name=entry.source_name,
     )
+    if entry.replicas is not None or entry.memory_bytes is not None or entry.placement:
+        # What nobody says otherwise of has one replica, while somebody uses it.
+        low, high = entry.replicas or (0, 1)
+        client.scale(
+            entry.name,
+            min=low,
+            max=high,
+            memory_bytes=entry.memory_bytes,
+            placement=entry.placement,
+        )
     changed = "updated" if before else "registered"
     change = "unchanged" if info.version == before else changed
     return {"model": info.spec.key, "change": change}

@@ -89,9 +89,16 @@ def unload(model: str) -> Rpc[types.ModelInfo]:
 
 
 def scale(
-    model: str, replicas: int | None, low: int | None, high: int | None
+    model: str,
+    replicas: int | None,
+    low: int | None,
+    high: int | None,
+    *,
+    device: str = "",
+    memory_bytes: int | None = None,
+    placement: str = "",
 ) -> Rpc[types.ModelInfo]:
-    """Say how many replicas a model may have.
+    """Say how many replicas a model may have, and what they want of their devices.
 
     Raises:
         InvalidRequestError: If the numbers are missing, or contradict each other.
@@ -107,6 +114,13 @@ def scale(
         low = high = replicas
     low = 1 if low is None else low
     high = max(low, 1) if high is None else high
+    if memory_bytes is not None and not 0 <= memory_bytes < 1 << 63:
+        raise InvalidRequestError(
+            "memory_bytes is wrong",
+            "memory_bytes",
+            "a number of bytes, 0 for any",
+            str(memory_bytes),
+        )
     if not 0 <= low <= high or high < 1:
         raise InvalidRequestError(
             "the numbers of replicas are wrong",
@@ -116,7 +130,14 @@ def scale(
         )
     return Rpc(
         _MODELS + "ScaleModel",
-        models_pb2.ScaleModelRequest(model=model, min_replicas=low, max_replicas=high),
+        models_pb2.ScaleModelRequest(
+            model=model,
+            min_replicas=low,
+            max_replicas=high,
+            device=device,
+            memory_bytes=memory_bytes,
+            placement=placement,
+        ),
         lambda raw: to_info(models_pb2.ScaleModelResponse.FromString(raw).model),
     )
 
@@ -293,6 +314,8 @@ def to_spec(message: models_pb2.ModelSpec) -> types.ModelSpec:
         weight_bytes=message.weight_bytes,
         call_timeout_s=message.call_timeout_s,
         is_pinned=message.is_pinned,
+        memory_bytes=message.memory_bytes,
+        placement=message.placement or "spread",
         idle_unload_s=message.idle_unload_s if message.HasField("idle_unload_s") else None,
     )
 

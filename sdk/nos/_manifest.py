@@ -12,6 +12,9 @@
         env: [einops]           # packages it needs; or a requirements file beside this file
         pin: true               # stays on its device
         idle_unload_s: 600      # or leaves it after so long without use; 0: never
+        replicas: {min: 0, max: 4}   # by load; or a number
+        memory_bytes: 8000000000     # only on devices of whose memory models may use so much
+        placement: pack              # on as few devices as can be; or spread
 """
 
 from __future__ import annotations
@@ -36,9 +39,18 @@ _KEYS: Final = (
     "env",
     "pin",
     "idle_unload_s",
+    "replicas",
+    "memory_bytes",
+    "placement",
 )
-_TEXTS: Final = frozenset(_KEYS) - {"init", "env", "pin", "idle_unload_s"}
-_CHOICES: Final = {"device": ("auto", "cpu", "cuda"), "isolation": ("shared", "process")}
+_TEXTS: Final = frozenset(_KEYS) - {
+    *("init", "env", "pin", "idle_unload_s", "replicas", "memory_bytes")
+}
+_CHOICES: Final = {
+    "device": ("auto", "cpu", "cuda"),
+    "isolation": ("shared", "process"),
+    "placement": ("spread", "pack"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +69,10 @@ class ModelEntry:
     env: list[str] = field(default_factory=list)
     pin: bool | None = None
     idle_unload_s: float | None = None
+    replicas: tuple[int, int] | None = None
+    """The fewest and the most; None leaves it to the server."""
+    memory_bytes: int | None = None
+    placement: str = ""
 
 
 def read(path: Path) -> list[ModelEntry]:
@@ -136,6 +152,9 @@ class _Reader:
             env=self._env(members.get("env")),
             pin=self._pin(members.get("pin")),
             idle_unload_s=self._seconds("idle_unload_s", members.get("idle_unload_s")),
+            replicas=self._replicas(members.get("replicas")),
+            memory_bytes=self._count("memory_bytes", members.get("memory_bytes")),
+            placement=texts.get("placement", ""),
         )
 
     def _env(self, node: Any) -> list[str]:
@@ -164,6 +183,24 @@ class _Reader:
         if not 0 <= value < float("inf"):
             raise self._wrong(node, key, "seconds, at least 0", repr(value)[:80])
         return float(value)
+
+    def _replicas(self, node: Any) -> tuple[int, int] | None:
+        if node is None:
+            return None
+        if isinstance(node, self._yaml.MappingNode):
+            members = self._members(node, ("min", "max"), ("min", "max"))
+            low, high = (self._count(key, members[key]) or 0 for key in ("min", "max"))
+        else:
+            low = high = self._count("replicas", node) or 0
+        if not max(low, 1) <= high:
+            raise self._wrong(node, "replicas", "a number, or min and max", f"{low} to {high}")
+        return low, high
+
+    def _count(self, key: str, node: Any) -> int | None:
+        value = None if node is None else self._value(node)
+        if node is not None and (type(value) is not int or value < 0):
+            raise self._wrong(node, key, "a whole number, at least 0", repr(value)[:80])
+        return value
 
     def _members(
         self, node: Any, known: tuple[str, ...], needed: tuple[str, ...]

@@ -163,10 +163,16 @@ class AsyncClient:
         *,
         min: int | None = None,
         max: int | None = None,
+        device: str = "",
+        memory_bytes: int | None = None,
+        placement: str = "",
         timeout_s: float | None = None,
     ) -> ModelInfo:
         """See `Client.scale`."""
-        return await _answer(self._engine, _control.scale(name, replicas, min, max), timeout_s)
+        rpc = _control.scale(
+            name, replicas, min, max, device=device, memory_bytes=memory_bytes, placement=placement
+        )
+        return await _answer(self._engine, rpc, timeout_s)
 
     async def scale_workers(
         self,
@@ -577,9 +583,21 @@ class AsyncModelHandle(HandleCore):
         *,
         min: int | None = None,
         max: int | None = None,
+        device: str = "",
+        memory_bytes: int | None = None,
+        placement: str = "",
     ) -> ModelInfo:
         """Say how many replicas it may have; see `Client.scale`."""
-        return await _answer(self._engine, _control.scale(self.spec.key, replicas, min, max))
+        rpc = _control.scale(
+            self.spec.key,
+            replicas,
+            min,
+            max,
+            device=device,
+            memory_bytes=memory_bytes,
+            placement=placement,
+        )
+        return await _answer(self._engine, rpc)
 
 
 async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:

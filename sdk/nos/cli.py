@@ -145,11 +145,27 @@ def scale(
     replicas: Annotated[int | None, typer.Argument(help="Exactly so many", min=1)] = None,
     low: Annotated[int | None, typer.Option("--min", help="At least so many", min=0)] = None,
     high: Annotated[int | None, typer.Option("--max", help="At most so many", min=1)] = None,
+    device: Annotated[str, typer.Option(help="Only there: cpu, cuda, or auto for any")] = "",
+    memory_bytes: Annotated[
+        int | None, typer.Option(help="Only on devices with so much memory for models", min=0)
+    ] = None,
+    placement: Annotated[
+        str, typer.Option(help="spread over as many devices as can be, or pack on few")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Say how many replicas a model may have; between --min and --max the load decides."""
     with _Place.connect() as client:
-        _show(client.scale(model, replicas, min=low, max=high), as_json)
+        info = client.scale(
+            model,
+            replicas,
+            min=low,
+            max=high,
+            device=device,
+            memory_bytes=memory_bytes,
+            placement=placement,
+        )
+        _show(info, as_json)
 
 
 @app.command()

@@ -180,17 +180,24 @@ class Client:
         *,
         min: int | None = None,
         max: int | None = None,
+        device: str = "",
+        memory_bytes: int | None = None,
+        placement: str = "",
         timeout_s: float | None = None,
     ) -> ModelInfo:
         """Say how many replicas a model may have; the server sees to it from then on.
 
-        Each replica has a worker of its own. What is missing, and why, stands in `info(name).scaling`.
+        Each replica has a worker of its own; several may share a device. What is missing, and why, stands in
+        `info(name).scaling`. It holds over restarts of the server, until the model is unloaded.
 
         Args:
             name: `name` or `name@v3`.
             replicas: Exactly so many.
             min: At least so many; 0 lets it leave while nobody calls.
             max: At most so many; between the two the load decides.
+            device: Only there: `cpu`, `cuda`, or `auto` for any; empty leaves it as it is.
+            memory_bytes: Only on devices of whose memory models may use as much; 0 for any, None leaves it.
+            placement: `spread` over as many devices as can be, or `pack` on as few; empty leaves it.
             timeout_s: How long the server may take to answer.
 
         Raises:
@@ -198,7 +205,10 @@ class Client:
             ModelNotFoundError: If there is no such model.
             PermissionDeniedError: If it is another owner's.
         """
-        return self._engine.wait(_control.scale(name, replicas, min, max), timeout_s)
+        rpc = _control.scale(
+            name, replicas, min, max, device=device, memory_bytes=memory_bytes, placement=placement
+        )
+        return self._engine.wait(rpc, timeout_s)
 
     def scale_workers(
         self,
@@ -739,6 +749,18 @@ class ModelHandle(HandleCore, BulkHandle):
         *,
         min: int | None = None,
         max: int | None = None,
+        device: str = "",
+        memory_bytes: int | None = None,
+        placement: str = "",
     ) -> ModelInfo:
         """Say how many replicas it may have; see `Client.scale`."""
-        return self._engine.wait(_control.scale(self.spec.key, replicas, min, max))
+        rpc = _control.scale(
+            self.spec.key,
+            replicas,
+            min,
+            max,
+            device=device,
+            memory_bytes=memory_bytes,
+            placement=placement,
+        )
+        return self._engine.wait(rpc)

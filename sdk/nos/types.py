@@ -227,6 +227,10 @@ class ModelSpec(_Table):
     """Bytes of its weight files; 0 if it has none or they are not known before loading."""
     call_timeout_s: float = 0.0
     """The longest that one call may run; 0 means no limit."""
+    memory_bytes: int = 0
+    """The least that models may use of a device's memory where it runs; 0 for any."""
+    placement: str = "spread"
+    """Whether its replicas go to as many devices as can be (`spread`) or as few (`pack`)."""
     is_pinned: bool = False
     """Whether it stays on its device whatever else wants the room."""
     idle_unload_s: float | None = None

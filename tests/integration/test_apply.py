@@ -79,6 +79,13 @@ def test_models_of_a_file_are_served_and_twice_changes_nothing(apply, client):
         ("class: Net", "class: Net\n    class: Net", "line 6: key 'class' is there twice"),
         ("name: applied/file", "name: [1]", "line 3: name: expected text"),
         ("init: {by: 3}", "init: [3]", "line 6: init: expected arguments by name"),
+        (
+            "_s: 600",
+            "_s: 600\n    replicas: {min: 3, max: 2}",
+            "line 12: replicas: expected a number",
+        ),
+        ("_s: 600", "_s: 600\n    memory_bytes: 8GiB", "line 12: memory_bytes: expected a whole"),
+        ("_s: 600", "_s: 600\n    placement: heap", "line 12: placement: expected spread or pack"),
         ("models:", "model:", "line 2: unknown key 'model'"),
         ("{by: 3}", "{by: 3", "line 7 is no YAML"),
         ("{by: 3}", "!!python/object:os.system {}", "line 6: this: expected plain YAML"),

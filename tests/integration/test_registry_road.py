@@ -77,7 +77,7 @@ def serve(folder):
     return start_server(folder, "--idle-shutdown-s", "0")
 
 
-def test_models_and_tokens_survive_the_end_of_the_server_and_a_killed_gateway(tmp_path):
+def test_models_tokens_and_replicas_survive_the_end_of_the_server_and_a_killed_gateway(tmp_path):
     server = serve(tmp_path)
     with sdk.connect(server.address, token_file=str(server.token_file)) as client:
         author = client.create_token("ann", role="author").secret
@@ -85,12 +85,17 @@ def test_models_and_tokens_survive_the_end_of_the_server_and_a_killed_gateway(tm
         for number in (1, 2):
             client.register(SOURCE.format(number), name="mine", class_name="Double")
         assert client.model("mine")(4) == 8
+        client.scale("mine", replicas=1, placement="pack")
+        client.scale("mine@v1", min=0, max=3)
+        client.unload("mine@v1")
     server.stop()
     server = serve(tmp_path)
     try:
         for _ in range(2):
             with sdk.connect(server.address, token=author) as client:
                 assert client.info("mine").spec.owner == "ann"
+                wait_for(lambda client=client: phases(client, "mine") == ["serving"], "it serves")
+                assert client.info("mine").spec.placement == "pack"
                 assert [client.model(f"mine@v{number}")(4) for number in (1, 2)] == [4, 8]
             gateway = next(
                 process for process in server.processes() if "nos_backend.app" in process.cmdline()
@@ -100,7 +105,11 @@ def test_models_and_tokens_survive_the_end_of_the_server_and_a_killed_gateway(tm
     finally:
         server.stop()
     actions = [line[1] for line in audit_of(server.state_dir)]
-    assert actions == ["create-token", "register", "update"]
+    assert actions == ["create-token", "register", "update", *["scale"] * 3]
+
+
+def phases(client, name):
+    return [replica.phase for replica in client.info(name).replicas]
 
 
 def answers(server, token):

@@ -174,6 +174,19 @@ def test_what_cannot_be_placed_is_pending_and_says_why(client):
     assert "some are missing" in str(info)
 
 
+def test_constraints_that_nobody_meets_leave_it_pending_with_the_reason(client):
+    client.scale("digest", replicas=1, device="cuda")
+    assert client.info("digest").scaling.pending == "no worker has such a device: cuda"
+    with pytest.raises(nos.errors.LoadError, match="no worker has such a device"):
+        client.model("digest")(np.zeros(4, np.float32))
+    info = client.scale("digest", replicas=1, device="cpu", memory_bytes=1, placement="pack")
+    assert (info.spec.memory_bytes, info.spec.placement) == (1, "pack")
+    serving(client, 1)
+    for options in ({"device": "tpu"}, {"placement": "heap"}, {"memory_bytes": -1}):
+        with pytest.raises(nos.errors.InvalidRequestError, match=next(iter(options))):
+            client.scale("digest", replicas=1, **options)
+
+
 @pytest.mark.accept("E3")
 def test_load_brings_replicas_and_rest_takes_them_away(server, client):
     client.register(SLOW, name="slow")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,8 @@ class WorkerSettings:
     """`cpu`, `cuda:0`, or `auto`: the first CUDA device, else the processor. `NOS_WORKER_DEVICE`."""
     capacity_bytes: int | None = None
     """Bytes that its models may use; None means what the device has. `NOS_WORKER_CAPACITY_BYTES`."""
+    num_sharing: int = 1
+    """How many workers share its device; each has an equal part of the memory. `NOS_WORKER_NUM_SHARING`."""
     headroom_bytes: int = 0
     """Of these, what stays free always. `NOS_WORKER_HEADROOM_BYTES`."""
     eviction: str = "lru"
@@ -38,6 +41,18 @@ class WorkerSettings:
     """Where copies go that do not fit; empty means nowhere. `NOS_WORKER_WEIGHTS_DIR`."""
     environments_dir: str = ""
     """Where packages of models are installed; empty refuses them. `NOS_WORKER_ENVIRONMENTS_DIR`."""
+    confinement: str = "auto"
+    """`auto`: the most that this machine has; `off`: executors are ordinary processes.
+    `NOS_WORKER_CONFINEMENT`."""
+    closed_paths: str = ""
+    """Files and folders with secrets, which executors cannot reach, as PATH has several.
+    `NOS_WORKER_CLOSED_PATHS`."""
+    readable_paths: str = ""
+    """Folders in these that they can read all the same. `NOS_WORKER_READABLE_PATHS`."""
+    homes_dir: str = ""
+    """Where users of owners get homes; empty: owners have no users. `NOS_WORKER_HOMES_DIR`."""
+    executor_bytes: int | None = None
+    """Main memory that one executor may have; None means no limit. `NOS_WORKER_EXECUTOR_BYTES`."""
     host: str = ""
     """Where its data plane listens; empty means where the Dask worker does. `NOS_WORKER_HOST`."""
     ready_file: str = ""
@@ -65,6 +80,11 @@ class WorkerSettings:
         }
 
 
+def split_paths(text: str) -> list[Path]:
+    """Return paths that are written as in PATH."""
+    return [Path(part) for part in text.split(os.pathsep) if part]
+
+
 def _variable(name: str) -> str:
     return f"NOS_WORKER_{name.upper()}"
 
@@ -77,7 +97,7 @@ def _read(name: str, text: str) -> str | int | float:
             raise ConfigError(
                 f"bad {_variable(name)}", name, "a number of seconds", repr(text)
             ) from None
-    if name.endswith("_bytes") or name == "max_models":
+    if name.endswith("_bytes") or name in ("max_models", "num_sharing"):
         if not text.isdecimal():
             wanted = "a number of bytes" if name.endswith("_bytes") else "a number"
             raise ConfigError(f"bad {_variable(name)}", name, wanted, repr(text))

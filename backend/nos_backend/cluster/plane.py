@@ -19,7 +19,7 @@ from nos.wire.v1 import errors_pb2, models_pb2
 
 from nos_backend.cluster.launch import PlaneSettings
 from nos_backend.scheduling.autoscaling import Autoscaler, Sample
-from nos_backend.scheduling.placement import Refusal, WorkerLoad
+from nos_backend.scheduling.placement import Needs, Refusal, WorkerLoad
 from nos_backend.scheduling.reconcile import (
     Drain,
     Failure,
@@ -128,8 +128,8 @@ class ServePlane(SchedulerPlugin):
     async def load(self, definition: dict[str, Any]) -> dict[str, Any]:
         """Have a replica of a model at least, wait until it answers, and say where; or say why not."""
         before = self._definitions.get(_key(definition))
-        key, device, need_bytes = self._take(definition)
-        model = self._reconciler.want(key, device, need_bytes)
+        key, needs = self._take(definition)
+        model = self._reconciler.want(key, needs)
         if before is not None and before != definition:
             # Another option of the same version, for instance that it is pinned.
             for address in model.serving:
@@ -144,7 +144,7 @@ class ServePlane(SchedulerPlugin):
                 message = f"model {key!r} was unloaded before it was loaded"
                 return {"error": _error(Reason.UNAVAILABLE, message, hint="Try again")}
             is_waiting = not model.replicas
-            if is_waiting and model.pending in (Refusal.NO_DEVICE, Refusal.NO_ROOM):
+            if is_waiting and isinstance(model.pending, Refusal) and model.pending.is_final:
                 if model.min_replicas == 0:
                     self._forget(key)
                 return {"error": self._refused(key, model)}
@@ -184,9 +184,9 @@ class ServePlane(SchedulerPlugin):
         self, definition: dict[str, Any], min_replicas: int, max_replicas: int
     ) -> dict[str, Any]:
         """Set how many replicas a model may have; returns at once."""
-        key, device, need_bytes = self._take(definition)
+        key, needs = self._take(definition)
         model = self._reconciler.scale(
-            key, device, need_bytes, min_replicas=min_replicas, max_replicas=max_replicas
+            key, needs, min_replicas=min_replicas, max_replicas=max_replicas
         )
         self._tell_target(key, model)
         self._reconcile()
@@ -285,7 +285,7 @@ class ServePlane(SchedulerPlugin):
             "max_replicas": model.max_replicas,
             "target": model.target,
             "why": model.why,
-            "pending": _reason(model),
+            "pending": self._reason(model),
             "error": self._failed(failure) if failure is not None else b"",
         }
 
@@ -454,11 +454,17 @@ class ServePlane(SchedulerPlugin):
         self._tell("worker-retired", name=self._ready.get(address, ""))
         await self._scheduler.retire_workers(workers=[address], close_workers=True, remove=True)
 
-    def _take(self, definition: dict[str, Any]) -> tuple[str, str, int]:
+    def _take(self, definition: dict[str, Any]) -> tuple[str, Needs]:
         key = _key(definition)
         self._definitions[key] = definition
         spec = models_pb2.ModelSpec.FromString(definition.get("spec") or b"")
-        return key, str(definition.get("device") or "auto"), spec.weight_bytes
+        return key, Needs(
+            device=spec.device or str(definition.get("device") or "auto"),
+            weight_bytes=spec.weight_bytes,
+            memory_bytes=spec.memory_bytes,
+            has_packages=bool(spec.environment),
+            is_packed=spec.placement == "pack",
+        )
 
     def _forget(self, key: str) -> Model | None:
         self._definitions.pop(key, None)
@@ -521,14 +527,17 @@ class ServePlane(SchedulerPlugin):
 
     def _load_of(self, address: str) -> WorkerLoad:
         worker = self._scheduler.workers[address]
-        status = self._status(address)
+        status, facts = self._status(address), _plain(worker.extra.get("nos"))
+        device = str(facts.get("device", "cpu"))
         loaded = [
             str(model["key"]) for model in status.get("models", ()) if model["state"] != "failed"
         ]
         return WorkerLoad(
             address=address,
             name=str(worker.name),
-            device=str(_plain(worker.extra.get("nos")).get("device", "cpu")),
+            device=device,
+            place=f"{facts.get('host_id') or worker.host} {device}",
+            installs=bool(facts.get("installs")),
             capacity_bytes=int(status.get("capacity_bytes") or 0),
             used_bytes=int(status.get("used_bytes") or 0),
             num_pending=int(status.get("num_queued", 0)) + int(status.get("num_running", 0)),
@@ -552,27 +561,55 @@ class ServePlane(SchedulerPlugin):
             )
         return sorted(found, key=lambda item: (item["num_pending"], item["worker"]))
 
+    def _reason(self, model: Model) -> str:
+        """Return why replicas are missing, for people."""
+        if model.pending is None:
+            return ""
+        if isinstance(model.pending, Failure):
+            return model.pending.message
+        loads = self._reconciler.workers.values()
+        needs, said = model.needs, model.pending.value
+        most_bytes = max((load.capacity_bytes for load in loads), default=0)
+        if model.pending is Refusal.NO_DEVICE:
+            return f"{said}: {needs.device}"
+        if model.pending is Refusal.NO_MEMORY:
+            return f"{said}: {needs.memory_bytes} bytes, of at most {most_bytes}"
+        if model.pending is Refusal.NO_ROOM:
+            return f"{said}: {needs.weight_bytes} bytes, of at most {most_bytes}"
+        return said
+
     @staticmethod
     def _failed(failure: Failure) -> bytes:
         return failure.detail or _error(Reason.LOAD_FAILED, failure.message)
 
     def _refused(self, key: str, model: Model) -> bytes:
         loads = self._reconciler.workers.values()
-        message = f"model {key!r} cannot be placed: {_reason(model) or Refusal.NO_WORKER.value}"
+        pending = model.pending or Refusal.NO_WORKER
+        why = pending.message if isinstance(pending, Failure) else pending.value
+        message = f"model {key!r} cannot be placed: {why}"
         if model.pending is Refusal.NO_DEVICE:
             return _error(
                 Reason.LOAD_FAILED,
                 message,
-                expected=f"device {model.device}",
+                expected=f"device {model.needs.device}",
                 got=", ".join(sorted({load.device for load in loads})),
             )
+        if model.pending is Refusal.NO_PACKAGES:
+            return _error(Reason.LOAD_FAILED, message)
+        most_bytes = max((load.capacity_bytes for load in loads), default=0)
+        if model.pending is Refusal.NO_MEMORY:
+            return _error(
+                Reason.LOAD_FAILED,
+                message,
+                expected=f"at most {most_bytes} bytes",
+                got=f"{model.needs.memory_bytes} bytes",
+            )
         if model.pending is Refusal.NO_ROOM:
-            most_bytes = max(load.capacity_bytes for load in loads)
             return _error(
                 Reason.OUT_OF_MEMORY,
                 message,
                 expected=f"at most {most_bytes} bytes of weights",
-                got=f"{model.need_bytes} bytes",
+                got=f"{model.needs.weight_bytes} bytes",
             )
         return _error(
             Reason.UNAVAILABLE, message, hint="A lost worker is replaced within seconds; try again"
@@ -581,15 +618,6 @@ class ServePlane(SchedulerPlugin):
 
 def _key(definition: dict[str, Any]) -> str:
     return f"{definition['name']}@v{definition['version']}"
-
-
-def _reason(model: Model) -> str:
-    """Return why replicas are missing, for people."""
-    if model.pending is None:
-        return ""
-    if isinstance(model.pending, Failure):
-        return model.pending.message
-    return model.pending.value
 
 
 async def _guarded(work: Coroutine[Any, Any, None]) -> None:

@@ -114,6 +114,7 @@ class HostPlugin(WorkerPlugin):
             "version": metadata.version("nos-inference"),
             "device": device.name,
             "product": device.product,
+            "installs": bool(self._settings.environments_dir),
             "capacity_bytes": self._status.get("capacity_bytes") or device.memory_bytes,
         }
         worker.startup_information["nos"] = lambda _: information
@@ -244,7 +245,8 @@ class HostPlugin(WorkerPlugin):
 
         settings, capacity_bytes = self._settings, self._settings.capacity_bytes
         if capacity_bytes is None and self._device.name != "cpu":
-            capacity_bytes = int(self._device.memory_bytes * _USABLE_SHARE)
+            usable_bytes = int(self._device.memory_bytes * _USABLE_SHARE)
+            capacity_bytes = usable_bytes // settings.num_sharing
         memory = MemoryOptions(
             capacity_bytes=capacity_bytes,
             headroom_bytes=settings.headroom_bytes,

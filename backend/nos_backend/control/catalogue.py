@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from nos_backend.control.registry import StoredModel
+    from nos_backend.control.registry import Limits, StoredModel
 
 _logger = logging.getLogger(__name__)
 
@@ -186,11 +186,24 @@ class Catalogue:
         spec = models_pb2.ModelSpec()
         spec.CopyFrom(version.spec)
         spec.is_pinned = is_pinned
-        pinned = Version(replace(version.definition, spec=spec.SerializeToString()), spec)
+        return self._respecify(version, spec)
+
+    def constrain(self, version: Version, limits: Limits) -> Version:
+        """Return the version with what its replicas want of their devices, and serve it so."""
+        spec = models_pb2.ModelSpec()
+        spec.CopyFrom(version.spec)
+        spec.device = limits.device or spec.device
+        spec.placement = limits.placement or spec.placement
+        if limits.memory_bytes is not None:
+            spec.memory_bytes = limits.memory_bytes
+        return self._respecify(version, spec) if spec != version.spec else version
+
+    def _respecify(self, version: Version, spec: models_pb2.ModelSpec) -> Version:
+        changed = Version(replace(version.definition, spec=spec.SerializeToString()), spec)
         entry = self._entries.get(version.definition.name)
         if entry is not None and version.definition.version in entry.versions:
-            entry.versions[version.definition.version] = pinned
-        return pinned
+            entry.versions[version.definition.version] = changed
+        return changed
 
     def publish(self, version: Version) -> None:
         """Serve a version that was prepared; one that is served already stays as it is."""

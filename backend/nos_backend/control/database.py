@@ -80,6 +80,14 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
             PRIMARY KEY (name, version, device, product)
         ) WITHOUT ROWID""",
     ),
+    (
+        """CREATE TABLE limits (
+            name TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            limits TEXT NOT NULL,
+            PRIMARY KEY (name, version)
+        ) WITHOUT ROWID""",
+    ),
 )
 
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})

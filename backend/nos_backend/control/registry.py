@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -62,6 +62,20 @@ class StoredToken:
     """Seconds since 1970."""
     expires_s: float
     """Seconds since 1970; 0 means never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How many replicas of a version there may be, and what they want of their devices."""
+
+    min_replicas: int
+    max_replicas: int
+    device: str = ""
+    """`auto`, `cpu` or `cuda`; empty: as its author says."""
+    memory_bytes: int | None = None
+    """The least that models may use there; None: as its author says."""
+    placement: str = ""
+    """`spread` or `pack`; empty: as its author says."""
 
 
 @dataclass(slots=True)
@@ -149,6 +163,16 @@ class Registry:
                 _logger.warning("a profile in the registry is damaged")
         return found
 
+    def read_limits(self) -> dict[str, Limits]:
+        """Return how many replicas there may be of the versions that somebody said it of, by key."""
+        found = {}
+        for name, version, limits in self._database.read("SELECT * FROM limits"):
+            try:
+                found[f"{name}@v{version}"] = Limits(**json.loads(limits))
+            except (ValueError, TypeError) as error:
+                _logger.warning("the limits of %s@v%d are damaged: %s", name, version, error)
+        return found
+
     def references(self) -> tuple[set[str], set[str]]:
         """Return what versions need: blobs by their sha256, and folders by their paths."""
         blobs, folders = set(), set()
@@ -195,6 +219,7 @@ class Registry:
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM versions WHERE name = ?", (name,))
             connection.execute("DELETE FROM profiles WHERE name = ?", (name,))
+            connection.execute("DELETE FROM limits WHERE name = ?", (name,))
             connection.execute("UPDATE names SET is_deleted = 1 WHERE name = ?", (name,))
             _record(connection, actor, "delete", name)
 
@@ -213,6 +238,27 @@ class Registry:
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?, ?, ?)", row)
+
+        await self._do(lambda: self._transact(work))
+
+    async def set_limits(self, key: str, limits: Limits | None, actor: Actor) -> None:
+        """Keep how many replicas of a version there may be; None forgets it.
+
+        Raises:
+            LimitExceededError: If the disk is full.
+            UnavailableError: If it cannot be written.
+        """
+        name, _, version = key.rpartition("@v")
+        said = "no limits" if limits is None else json.dumps(asdict(limits))
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "DELETE FROM limits WHERE name = ? AND version = ?", (name, int(version))
+            )
+            if limits is not None:
+                row = (name, int(version), said)
+                connection.execute("INSERT INTO limits VALUES (?, ?, ?)", row)
+            _record(connection, actor, "scale", f"{key} {said}")
 
         await self._do(lambda: self._transact(work))
 

@@ -19,9 +19,10 @@ from nos.wire.values import check
 from nos_backend.control import report, statistics
 from nos_backend.control.blobs import disk_errors
 from nos_backend.control.catalogue import BUILT_IN_OWNER
-from nos_backend.control.describe import DEVICES, ISOLATIONS
+from nos_backend.control.describe import DEVICES, ISOLATIONS, PLACEMENTS
 from nos_backend.control.describe_apart import describe_apart
 from nos_backend.control.names import parse_reference
+from nos_backend.control.registry import Limits
 from nos_backend.control.requirements import normalize
 from nos_backend.definition import INIT_FILE, ModelDefinition
 from nos_backend.hub import references
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from nos_backend.control.profiles import Profiles
     from nos_backend.control.registrar import Registrar
     from nos_backend.control.resolver import Resolver
+    from nos_backend.control.scaling import Scaler
     from nos_backend.rpc.guard import Context
 
 #: More replicas of one model than anybody has devices for is a slip of the hand.
@@ -61,6 +63,7 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         resolver: Resolver,
         events: Events,
         profiles: Profiles,
+        scaler: Scaler,
     ) -> None:
         self._catalogue = catalogue
         self._registrar = registrar
@@ -69,6 +72,7 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         self._resolver = resolver
         self._events = events
         self._profiles = profiles
+        self._scaler = scaler
 
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
@@ -153,6 +157,7 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         else:
             keys = report.loaded_keys(entry, await self._states.read(0))
         for key in keys:
+            await self._scaler.forget(key, actor())
             await self._resolver.unload(key)
         return models_pb2.UnloadModelResponse(model=await self._info(request.model, max_age_s=0))
 
@@ -167,6 +172,8 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         entry = self._catalogue.entry(request.model)
         _check_owner(entry)
         keys = report.loaded_keys(entry, await self._states.read(0))
+        for number in entry.versions:
+            await self._scaler.forget(f"{entry.name}@v{number}", actor())
         await self._registrar.delete(entry.name, actor())
         for key in keys:
             await self._resolver.unload(key)
@@ -186,7 +193,16 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
                 f"{max(1, low)} .. {MAX_REPLICAS}",
                 f"{low} to {high}",
             )
-        await self._resolver.scale(self._catalogue.find(request.model), low, high)
+        _check_option("device", request.device, DEVICES)
+        _check_option("placement", request.placement, PLACEMENTS)
+        limits = Limits(
+            min_replicas=low,
+            max_replicas=high,
+            device=request.device,
+            memory_bytes=request.memory_bytes if request.HasField("memory_bytes") else None,
+            placement=request.placement,
+        )
+        await self._scaler.scale(self._catalogue.find(request.model), limits, actor())
         return models_pb2.ScaleModelResponse(model=await self._info(request.model, max_age_s=0))
 
     async def GetLogs(

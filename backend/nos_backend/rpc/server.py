@@ -28,6 +28,7 @@ from nos_backend.control.logins import Logins
 from nos_backend.control.profiles import Profiles
 from nos_backend.control.registrar import Registrar
 from nos_backend.control.resolver import Resolver
+from nos_backend.control.scaling import Scaler
 from nos_backend.control.tickets import TICKET_TTL_S
 from nos_backend.rpc.blobs import BlobService
 from nos_backend.rpc.channels import Channels
@@ -98,6 +99,7 @@ class GatewayServer:
         self._metrics: Metrics | None = None
         self._profiles = Profiles(registry, cluster)
         self._resolver = Resolver(catalogue, cluster, signer, ticket_ttl_s, self._profiles.of)
+        self._scaler = Scaler(catalogue, registry, self._resolver)
         self._channels = Channels(ca_certificate)
         self._recruiter = Recruiter(crew_file, cluster)
         self._clusters = ClusterService(
@@ -126,6 +128,7 @@ class GatewayServer:
                 self._resolver,
                 self._events,
                 self._profiles,
+                self._scaler,
             ),
             server,
         )
@@ -194,7 +197,12 @@ class GatewayServer:
         return f"{bracketed}:{bound}"
 
     async def open(self) -> None:
-        """Say that it serves."""
+        """Ask the cluster for the replicas that there are to be, and say that it serves.
+
+        Raises:
+            UnavailableError: If the scheduler does not answer.
+        """
+        await self._scaler.restore()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def is_idle(self, idle_s: float) -> bool:

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import bisect
 import enum
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Collection, Iterable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a model wants of the workers that it is loaded on."""
+
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    weight_bytes: int = 0
+    """Bytes of its weights; 0 if unknown."""
+    memory_bytes: int = 0
+    """The least that models may use on its device; 0 for any."""
+    has_packages: bool = False
+    """Whether it needs packages besides the server's."""
+    is_packed: bool = False
+    """Whether its replicas go to as few devices as can be instead of to as many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +38,10 @@ class WorkerLoad:
     """Names it for people, and from one start of it to the next."""
     device: str
     """As torch writes it: `cpu`, `cuda:0`."""
+    place: str = ""
+    """Names the device among those of all machines: workers may share one. Empty: it is its own."""
+    installs: bool = True
+    """Whether it makes environments for models with packages."""
     capacity_bytes: int = 0
     """Bytes that models may use; 0 if unknown."""
     used_bytes: int = 0
@@ -40,8 +61,15 @@ class Refusal(enum.Enum):
 
     NO_WORKER = "no worker is connected"
     NO_DEVICE = "no worker has such a device"
+    NO_PACKAGES = "no worker installs packages"
+    NO_MEMORY = "no device has as much memory as it asks for"
     NO_ROOM = "it is larger than every device"
     TAKEN = "every worker that could has a replica already"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no worker that there is will ever do."""
+        return self in _UNSUITED
 
 
 class Seats:
@@ -62,45 +90,51 @@ class Seats:
                 self._holders.setdefault(key, []).append(load.address)
         self._order.sort()
 
-    def take(
-        self, key: str, device: str, need_bytes: int, without: Container[str] = ()
-    ) -> WorkerLoad | Refusal:
+    def take(self, key: str, needs: Needs, without: Collection[str] = ()) -> WorkerLoad | Refusal:
         """Choose where a model is loaded.
 
-        The one that has it already; else, among those with room, the least loaded one, which for `auto` is
-        one with a GPU if there is any; else the least loaded one, which has to make room.
+        The one that has it already; else, among those with room, by devices that have few replicas of it, or
+        many where it is packed, the least loaded one, which for `auto` is one with a GPU if there is any;
+        else one that has to make room.
 
         Args:
             key: The model, `name@v3`.
-            device: `auto`, `cpu` or `cuda`, as its author asked.
-            need_bytes: Bytes of its weights; 0 if unknown.
-            without: Addresses that are out of the question.
+            needs: What it wants.
+            without: Addresses that are out of the question: they have it, or cannot load it.
         """
         if not self._workers:
             return Refusal.NO_WORKER
         for address in self._holders.get(key, ()):
-            if address not in without and _suits(device, self._workers[address].device):
+            if address not in without and unsuited(needs, self._workers[address]) is None:
                 return self._sit(address, 0)
-        refusal, choice, best = Refusal.NO_DEVICE, "", (True, True)
+        siblings = Counter(
+            self._workers[address].place for address in without if address in self._workers
+        )
+        refusals, choice, best = set(), "", (True, True, 0)
         for _, address in self._order:
             load = self._workers[address]
-            if not _suits(device, load.device):
-                continue
-            if 0 < load.capacity_bytes < need_bytes:
-                refusal = Refusal.NO_ROOM if refusal is Refusal.NO_DEVICE else refusal
-                continue
-            refusal = Refusal.TAKEN
-            if address in without:
+            refusal = unsuited(needs, load) or (Refusal.TAKEN if address in without else None)
+            if refusal is not None:
+                refusals.add(refusal)
                 continue
             has_room = (
-                load.capacity_bytes == 0 or load.capacity_bytes - load.used_bytes >= need_bytes
+                load.capacity_bytes == 0
+                or load.capacity_bytes - load.used_bytes >= needs.weight_bytes
             )
-            rank = (not has_room, device == "auto" and load.device == "cpu")
+            crowd = siblings[load.place] if load.place else 0
+            rank = (
+                not has_room,
+                needs.device == "auto" and load.device == "cpu",
+                -crowd if needs.is_packed else crowd,
+            )
             if not choice or rank < best:
                 choice, best = address, rank
-            if best == (False, False):
+            if best == (False, False, 0) and not (siblings and needs.is_packed):
                 break
-        return self._sit(choice, need_bytes) if choice else refusal
+        if choice:
+            return self._sit(choice, needs.weight_bytes)
+        # What stands in the way of the worker that comes closest.
+        return max(refusals, key=_CLOSENESS.index)
 
     def _sit(self, address: str, need_bytes: int) -> WorkerLoad:
         load = self._workers[address]
@@ -113,13 +147,27 @@ class Seats:
         return load
 
 
-def _suits(wanted: str, device: str) -> bool:
-    return wanted == "auto" or device.partition(":")[0] == wanted.partition(":")[0]
+def unsuited(needs: Needs, load: WorkerLoad) -> Refusal | None:
+    """Return why a worker could never hold a model; None if it could."""
+    if needs.device != "auto" and load.device.partition(":")[0] != needs.device.partition(":")[0]:
+        return Refusal.NO_DEVICE
+    if needs.has_packages and not load.installs:
+        return Refusal.NO_PACKAGES
+    if 0 < load.capacity_bytes < needs.memory_bytes:
+        return Refusal.NO_MEMORY
+    if 0 < load.capacity_bytes < needs.weight_bytes:
+        return Refusal.NO_ROOM
+    return None
 
 
-def suits(device: str, need_bytes: int, load: WorkerLoad) -> bool:
-    """Return whether a worker could ever hold a model."""
-    return _suits(device, load.device) and not 0 < load.capacity_bytes < need_bytes
+_CLOSENESS: Final = (
+    Refusal.NO_DEVICE,
+    Refusal.NO_PACKAGES,
+    Refusal.NO_MEMORY,
+    Refusal.NO_ROOM,
+    Refusal.TAKEN,
+)
+_UNSUITED: Final = frozenset(_CLOSENESS) - {Refusal.TAKEN}
 
 
 def _rank(load: WorkerLoad) -> tuple[int, ...]:

@@ -13,11 +13,11 @@ again at the next `step`; nothing is drained before what replaces it serves.
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from nos_backend.scheduling.placement import Refusal, Seats, WorkerLoad, suits
+from nos_backend.scheduling.placement import Needs, Refusal, Seats, WorkerLoad, unsuited
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,6 +27,8 @@ MAX_LOST_LOADS: Final = 2
 #: A worker that was lost so often within so long is given models only where there is no other.
 MAX_LOSSES: Final = 3
 LOSS_WINDOW_S: Final = 60.0
+#: What a replica that serves may be moved for: what its model wants was changed.
+_MISPLACED: Final = frozenset({Refusal.NO_DEVICE, Refusal.NO_MEMORY})
 
 
 class Phase(enum.StrEnum):
@@ -77,8 +79,7 @@ class Failure:
 class Model:
     """A wanted model."""
 
-    device: str = "auto"
-    need_bytes: int = 0
+    needs: Needs = field(default_factory=Needs)
     min_replicas: int = 0
     max_replicas: int = 1
     #: Whether the load decides how many there are, within the limits.
@@ -134,10 +135,10 @@ class Reconciler:
 
     # What is wanted.
 
-    def want(self, key: str, device: str, need_bytes: int) -> Model:
+    def want(self, key: str, needs: Needs) -> Model:
         """Have at least one replica; one that failed is tried again."""
         model = self.models.setdefault(key, Model())
-        model.device, model.need_bytes = device, need_bytes
+        model.needs = needs
         if model.failure is not None:
             model.failure, model.num_lost_loads = None, 0
             model.refused.clear()
@@ -145,12 +146,10 @@ class Reconciler:
             model.target, model.why = max(1, model.min_replicas), "a request came"
         return model
 
-    def scale(
-        self, key: str, device: str, need_bytes: int, *, min_replicas: int, max_replicas: int
-    ) -> Model:
+    def scale(self, key: str, needs: Needs, *, min_replicas: int, max_replicas: int) -> Model:
         """Set the limits, and the target to what is nearest within them."""
         model = self.models.setdefault(key, Model())
-        model.device, model.need_bytes = device, need_bytes
+        model.needs = needs
         model.min_replicas, model.max_replicas = min_replicas, max_replicas
         model.is_elastic = min_replicas < max_replicas
         before = max(model.target, model.count(Phase.SERVING, Phase.LOADING))
@@ -259,8 +258,7 @@ class Reconciler:
         return {
             key: model.min_replicas
             for key, model in self.models.items()
-            if model.min_replicas
-            > sum(suits(model.device, model.need_bytes, load) for load in left)
+            if model.min_replicas > sum(unsuited(model.needs, load) is None for load in left)
         }
 
     # What is to be done.
@@ -272,10 +270,17 @@ class Reconciler:
         for key, model in self.models.items():
             if model.failure is not None:
                 continue
+            misplaced = [
+                address
+                for address in model.replicas
+                if unsuited(model.needs, self.workers[address]) in _MISPLACED
+            ]
             live = [
                 address
                 for address, phase in model.replicas.items()
-                if phase is not Phase.DRAINING and address not in self.retiring
+                if phase is not Phase.DRAINING
+                and address not in self.retiring
+                and address not in misplaced
             ]
             num_missing = model.target - len(live)
             if num_missing > 0:
@@ -285,8 +290,8 @@ class Reconciler:
                 model.pending = None
                 if num_missing < 0:
                     commands += self._shrink(key, model, live)
-            if self.retiring:
-                commands += self._leave(key, model, live)
+            if self.retiring or misplaced:
+                commands += self._leave(key, model, live, misplaced)
         return commands + self._retired()
 
     def _seats(self) -> Seats:
@@ -305,7 +310,7 @@ class Reconciler:
         model.pending = None
         for _ in range(num_missing):
             without = model.replicas.keys() | model.refused.keys()
-            choice = seats.take(key, model.device, model.need_bytes, without)
+            choice = seats.take(key, model.needs, without)
             if isinstance(choice, Refusal):
                 said = next(iter(model.refused.values()), None)
                 model.pending = said if choice is Refusal.TAKEN and said else choice
@@ -318,25 +323,36 @@ class Reconciler:
         serving = [address for address in live if model.replicas[address] is Phase.SERVING]
         # One that loads cannot be stopped: it is drained when it serves, and until then none is given up.
         num_surplus = len(serving) - model.target
-        serving.sort(key=lambda address: (self.workers[address].num_pending, address))
+        crowds = Counter(self.workers[address].place or address for address in live)
+        sign = 1 if model.needs.is_packed else -1
+
+        def rank(address: str) -> tuple[int, int, str]:
+            load = self.workers[address]
+            return sign * crowds[load.place or address], load.num_pending, address
+
+        serving.sort(key=rank)
         return [
             self._drain(key, model, address, model.why)
             for address in serving[: max(0, num_surplus)]
         ]
 
-    def _leave(self, key: str, model: Model, live: list[str]) -> list[Command]:
-        """Drain replicas of workers that retire, once as many serve elsewhere as are wanted, or can be."""
+    def _leave(
+        self, key: str, model: Model, live: list[str], misplaced: list[str]
+    ) -> list[Command]:
+        """Drain replicas of workers that retire, once as many serve elsewhere as are wanted, or can be.
+
+        Those whose workers do not suit any more stay until as many serve elsewhere as are wanted.
+        """
         num_elsewhere = sum(model.replicas[address] is Phase.SERVING for address in live)
-        is_settled = num_elsewhere >= model.target or (
-            model.pending is not None and num_elsewhere == len(live)
-        )
-        if not is_settled:
-            return []
-        return [
-            self._drain(key, model, address, "its worker retires")
-            for address in model.serving
-            if address in self.retiring
-        ]
+        is_done = num_elsewhere >= model.target
+        is_settled = is_done or (model.pending is not None and num_elsewhere == len(live))
+        commands: list[Command] = []
+        for address in model.serving:
+            if address in self.retiring and is_settled:
+                commands.append(self._drain(key, model, address, "its worker retires"))
+            elif address in misplaced and is_done:
+                commands.append(self._drain(key, model, address, "it is to run elsewhere"))
+        return commands
 
     @staticmethod
     def _drain(key: str, model: Model, address: str, reason: str) -> Drain:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from nos.errors import ConfigError
 from nos_backend.cluster.device import WorkerSettings, describe_device, find_devices
+from nos_backend.roster import share
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -30,3 +31,15 @@ def test_a_machine_without_visible_cuda_devices_has_its_processor():
 def test_an_unknown_device_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="auto or one of cpu, got 'cuda:7'"):
         describe_device("cuda:7", HIDDEN)
+
+
+def test_more_workers_than_devices_share_them():
+    assert share(["cuda:0", "cuda:1"], 2) == {"cuda-0": "cuda:0", "cuda-1": "cuda:1"}
+    assert list(share(["cuda:0", "cuda:1"], 3).items()) == [
+        ("cuda-0", "cuda:0"),
+        ("cuda-1", "cuda:1"),
+        ("cuda-0-1", "cuda:0"),
+        ("cuda-1-1", "cuda:1"),
+    ]
+    with pytest.raises(ConfigError, match="at most 8, got 9"):
+        share(["cuda:0"], 9)

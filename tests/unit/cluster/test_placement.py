@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from nos_backend.scheduling.placement import Refusal, Seats, WorkerLoad
+from nos_backend.scheduling.placement import Needs, Refusal, Seats, WorkerLoad
 
 CPU = WorkerLoad(address="cpu", device="cpu")
 GPU = WorkerLoad(address="gpu", device="cuda:0", capacity_bytes=1000)
@@ -12,7 +12,7 @@ def load(address: str, **facts: object) -> WorkerLoad:
 
 
 def chosen(workers: list[WorkerLoad], device: str = "auto", need_bytes: int = 100) -> str:
-    choice = Seats(workers).take("m@v1", device, need_bytes)
+    choice = Seats(workers).take("m@v1", Needs(device=device, weight_bytes=need_bytes))
     assert isinstance(choice, WorkerLoad)
     return choice.address
 
@@ -48,14 +48,14 @@ def test_auto_prefers_cuda_and_a_device_is_kept():
 
 def test_each_choice_takes_room():
     seats = Seats([load("a"), load("b")])
-    choices = [seats.take(f"m{number}@v1", "auto", 400) for number in range(4)]
+    choices = [seats.take(f"m{number}@v1", Needs(weight_bytes=400)) for number in range(4)]
     assert [getattr(choice, "address", "") for choice in choices] == ["a", "b", "a", "b"]
 
 
 def test_a_second_replica_gets_another_worker():
     seats = Seats([load("a"), load("b")])
-    assert seats.take("m@v1", "auto", 1, {"a"}) == load("b")
-    assert seats.take("m@v1", "auto", 1, {"a", "b"}) is Refusal.TAKEN
+    assert seats.take("m@v1", Needs(), {"a"}) == load("b")
+    assert seats.take("m@v1", Needs(), {"a", "b"}) is Refusal.TAKEN
 
 
 @pytest.mark.parametrize(
@@ -67,4 +67,41 @@ def test_a_second_replica_gets_another_worker():
     ],
 )
 def test_refusals_say_why(workers, device, need_bytes, refusal):
-    assert Seats(workers).take("m@v1", device, need_bytes) is refusal
+    assert Seats(workers).take("m@v1", Needs(device=device, weight_bytes=need_bytes)) is refusal
+
+
+def on(place: str, number: int, **facts: object) -> WorkerLoad:
+    return load(f"{place}-{number}", place=place, **facts)
+
+
+def placed(workers: list[WorkerLoad], count: int, needs: Needs) -> list[str]:
+    seats, taken = Seats(workers), []
+    for _ in range(count):
+        choice = seats.take("m@v1", needs, taken)
+        assert isinstance(choice, WorkerLoad)
+        taken.append(choice.address)
+    return taken
+
+
+def test_replicas_are_spread_over_devices_or_packed_on_few():
+    workers = [on(place, number) for place in ("x", "y") for number in (1, 2)]
+    assert placed(workers, 4, Needs()) == ["x-1", "y-1", "x-2", "y-2"]
+    assert placed(workers, 4, Needs(is_packed=True)) == ["x-1", "x-2", "y-1", "y-2"]
+
+
+def test_replicas_share_a_device_only_where_they_fit():
+    workers = [on("x", 1), on("x", 2, used_bytes=950), on("y", 1, num_pending=9)]
+    assert placed(workers, 2, Needs(weight_bytes=100, is_packed=True)) == ["x-1", "y-1"]
+
+
+def test_what_a_model_asks_for_decides_where_it_may_be():
+    big = load("big", num_pending=9)
+    small = WorkerLoad(address="small", device="cpu", capacity_bytes=500)
+    bare = WorkerLoad(address="bare", device="cpu", installs=False)
+    assert placed([big, small], 1, Needs(memory_bytes=600)) == ["big"]
+    assert placed([bare, small], 1, Needs(has_packages=True)) == ["small"]
+    assert Seats([bare]).take("m", Needs(has_packages=True)) is Refusal.NO_PACKAGES
+    assert Seats([small]).take("m", Needs(memory_bytes=501)) is Refusal.NO_MEMORY
+    assert Seats([small, GPU]).take("m", Needs(device="cuda", memory_bytes=1001)) is (
+        Refusal.NO_MEMORY
+    )

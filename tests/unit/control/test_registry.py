@@ -13,7 +13,7 @@ from nos_backend.control.catalogue import Catalogue
 from nos_backend.control.database import MIGRATIONS, Database
 from nos_backend.control.describe import describe
 from nos_backend.control.registrar import Registrar
-from nos_backend.control.registry import FILE_NAME, Actor, Registry, StoredToken
+from nos_backend.control.registry import FILE_NAME, Actor, Limits, Registry, StoredToken
 from nos_backend.definition import ModelDefinition
 
 SOURCE = "class Net:\n    def __call__(self, x: int) -> int: return x + {}\n"
@@ -271,3 +271,16 @@ def test_registered_model_goes_before_a_file_of_its_name(shelf, tmp_path, caplog
     assert again.catalogue.find("net") == kept
     assert "goes before" in caplog.text
     again.registry.close()
+
+
+@pytest.mark.asyncio
+async def test_limits_of_replicas_outlive_a_restart_and_go_with_their_model(shelf):
+    await shelf.register()
+    limits = Limits(min_replicas=0, max_replicas=4, device="cuda", memory_bytes=9, placement="pack")
+    await shelf.registry.set_limits("net@v1", limits, ACTOR)
+    await shelf.registry.set_limits("org/other@v2", Limits(min_replicas=1, max_replicas=1), ACTOR)
+    again = shelf.reopened()
+    assert again.registry.read_limits()["net@v1"] == limits
+    await again.registry.set_limits("org/other@v2", None, ACTOR)
+    await again.registrar.delete("net", ACTOR)
+    assert again.reopened().registry.read_limits() == {}
