@@ -110,8 +110,7 @@ async def keep_all(
     await manager.start()
     hits, seconds = 0, []
     try:
-        for model in models:
-            await manager.load(model)
+        await asyncio.gather(*(manager.load(model) for model in models))
         for model in tqdm(trace, desc=policy, file=sys.stderr):
             hits += is_on_device(manager, model.key)
             started = time.perf_counter()
@@ -192,7 +191,7 @@ def main() -> None:
     """Measure, print the rows, and write them as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--models", type=int, default=40, help="how many models")
-    parser.add_argument("--requests", type=int, default=1000, help="how many requests per row")
+    parser.add_argument("--requests", type=int, default=500, help="how many requests per row")
     parser.add_argument("--seed", type=int, default=1, help="of sizes, popularity and requests")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()

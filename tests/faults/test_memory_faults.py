@@ -17,7 +17,7 @@ from nos.errors import ExecutorLostError, OutOfDeviceMemoryError
 from nos_backend.definition import ModelDefinition
 
 from tests.accept import Accept
-from tests.integration.test_memory import MB, call, model, options
+from tests.integration.test_memory import MB, call, model, on_device, options
 from tests.plane import Plane, definitions, running_plane
 from tests.servers import wait_for
 
@@ -57,6 +57,24 @@ def test_an_evicted_model_survives_the_death_of_its_executor() -> None:
         for name in ("a", "b"):
             wait_for(lambda name=name: attempt(plane, name) is not None, "it answers")
             assert np.array_equal(call(plane, name), expected[name])
+
+
+@pytest.mark.accept("B9")
+def test_a_model_on_its_way_to_the_device_is_served_where_it_was_moved_to() -> None:
+    """The second death of its executor gives a model one of its own, while a call waits for its weights."""
+    idle = options(idle_unload_s=0.05)
+    with running_plane({"a": model("a", 1), "b": model("b", 1)}, memory=idle) as plane:
+        expected = call(plane, "a")
+        for _ in range(2):
+            wait_for(lambda: not on_device(plane), "all leave")
+            pid = plane.executor_pids()["ann"]
+            os.kill(pid, signal.SIGSTOP)  # it answers no reload
+            stream = plane.stream("a@v1")
+            stream.send(np.ones((1, 256), np.float32))
+            wait_for(lambda: plane.model("a@v1")["state"] == "loading", "it is on its way")
+            os.kill(pid, signal.SIGKILL)
+            assert np.array_equal(stream.result()[1], expected)
+        assert sorted(plane.executor_pids()) == ["ann/a@v1"]
 
 
 @pytest.mark.accept("B9")

@@ -48,7 +48,7 @@ class Footprint:
     context_bytes: int = 0
     """What that executor holds without any model."""
     reload_s: float = 0.001
-    """Seconds to bring it to the device from where it waits; measured, or predicted."""
+    """Seconds to bring it to the device from host memory, until that was measured."""
 
     def __post_init__(self) -> None:
         """Refuse nonsense."""
@@ -101,6 +101,8 @@ class Loaded:
     """A `Load` was carried out."""
 
     model: str
+    took_s: float | None = None
+    """Seconds from host memory, the wait for the executor included; None if it came from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,12 @@ class _Model:
     #: Forget it when it is off the device.
     is_leaving: bool = False
     usage: Usage = field(default_factory=Usage)
+    #: The least that a load from host memory took; None before the first.
+    measured_reload_s: float | None = None
+
+    @property
+    def reload_s(self) -> float:
+        return self.footprint.reload_s if self.measured_reload_s is None else self.measured_reload_s
 
     @property
     def is_resident(self) -> bool:
@@ -327,6 +335,11 @@ class Residency:
         return self._needed([model for model in self._models.values() if model.is_resident])
 
     @property
+    def _has_blocked(self) -> bool:
+        """Whether a model that found no room waits for another one to leave."""
+        return any(model.is_blocked for model in self._models.values())
+
+    @property
     def _is_calm(self) -> bool:
         """Whether no model waits to come or to leave."""
         return not any(
@@ -349,7 +362,7 @@ class Residency:
         model.usage.use(now_s, self._floor)
         if isinstance(event, Started):
             model.running += 1
-        elif model.tier is Tier.DRAINING and not model.is_leaving:
+        elif model.tier is Tier.DRAINING and not model.is_leaving and not self._has_blocked:
             model.tier = Tier.DEVICE
         elif model.tier is not Tier.DEVICE and model.wanted_s is None:
             model.wanted_s = now_s
@@ -360,6 +373,9 @@ class Residency:
         match event:
             case Loaded():
                 model.tier, model.wanted_s = Tier.DEVICE, None
+                if event.took_s is not None:
+                    known_s = model.measured_reload_s
+                    model.measured_reload_s = min(event.took_s, known_s or event.took_s)
                 model.usage.loaded_s = now_s
                 if model.is_leaving:
                     model.tier = Tier.DRAINING
@@ -415,6 +431,9 @@ class Residency:
 
         Stopping keeps small models from taking the room that a large one waits for.
         """
+        if not any(item.tier in {Tier.DRAINING, Tier.EVICTING} for item in self._models.values()):
+            for model in self._models.values():
+                model.is_blocked = False  # what it waited for was lost
         wanted = sorted(
             (model.wanted_s, name)
             for name, model in self._models.items()
@@ -464,12 +483,11 @@ class Residency:
     def _may_leave(self, model: _Model, now_s: float, *, urgent: bool) -> bool:
         if model.tier is not Tier.DEVICE or model.pinned:
             return False
-        guard_s = max(self._min_residency_s, 2 * model.footprint.reload_s)
+        guard_s = max(self._min_residency_s, 2 * model.reload_s)
         return urgent or self._min_residency_s <= 0 or now_s - model.usage.loaded_s >= guard_s
 
     def _score(self, model: _Model, now_s: float) -> float:
-        footprint = model.footprint
-        candidate = Candidate(model.usage, footprint.weight_bytes, footprint.reload_s)
+        candidate = Candidate(model.usage, model.footprint.weight_bytes, model.reload_s)
         return self._policy(candidate, now_s)
 
     def _evict_drained(self, actions: list[Action], reason: str) -> None:

@@ -627,15 +627,19 @@ class ModelManager:
         )
         self._on_event("executor-lost", culprit.key if culprit else "", reason)
         is_searching = self._dispatcher.lost(name, reason)
+        if not is_searching:
+            self._blame(slot, culprit, others, reason)
+        lost = [entry for entry in others if entry.is_bound and entry.error is None]
+        for entry in lost:
+            # Before anything of theirs is loaded again: it is loaded where its slot says.
+            entry.is_bound = False
+            entry.slot = self._slots.place(entry.definition, is_isolated=entry.is_isolated)
         returning = []
-        for entry in others:
-            was_bound, entry.is_bound = entry.is_bound, False
-            if was_bound and self._memory.lost(entry.key):
+        for entry in lost:
+            if self._memory.lost(entry.key):
                 if entry.ready.done():
                     entry.ready = self._loop.create_future()
                 returning.append(entry)
-        if not is_searching:
-            self._blame(slot, culprit, others, reason)
         self._spawn(self._restart(slot, returning), f"restart {name}")
 
     def _blame(
@@ -660,10 +664,9 @@ class ModelManager:
             self._fail(culprit, error)
 
     async def _restart(self, slot: Slot, returning: Iterable[Entry]) -> None:
-        """Bring a lost executor's models back; each that must be alone into a slot of its own."""
+        """Bring a lost executor's models back."""
         for entry in returning:
             if entry.error is None:
-                entry.slot = self._slots.place(entry.definition, is_isolated=entry.is_isolated)
                 self._spawn(self._return(entry), f"return {entry.key}")
         async with slot.lock:
             await self._end_if_empty(slot)

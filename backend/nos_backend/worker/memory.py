@@ -361,8 +361,9 @@ class DeviceMemory:
             return
         if error is None:
             source, record.below = record.below if record.history else "none", "host"
-            self._handle(Loaded(key))
-            self._note(key, source, "device", "wanted", moved_bytes, self._loop.time() - started_s)
+            took_s = self._loop.time() - started_s
+            self._handle(Loaded(key, took_s if source == "host" else None))
+            self._note(key, source, "device", "wanted", moved_bytes, took_s)
             self._end_waiters(key, None)
             return
         if isinstance(error, OutOfDeviceMemoryError) and not error.field:

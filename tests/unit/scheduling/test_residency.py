@@ -173,6 +173,35 @@ def test_no_room_takes_models_off_one_by_one_and_refuses_at_last():
     assert state.handle(NoRoom("new"), 9) == [Refuse("new", 10, 100, 0)]
 
 
+def no_room_beside_a():
+    """Model `a` runs, and is to leave for `new`, which found no room."""
+    state = device({"a": 10, "new": 10}, capacity_bytes=100)
+    use(state, "a", 1)
+    state.handle(Started("a"), 2)
+    state.handle(Wanted("new"), 3)
+    assert state.handle(NoRoom("new"), 4) == []
+    return state
+
+
+def test_what_finds_no_room_gets_it_before_new_work_of_the_model_that_leaves_for_it():
+    state = no_room_beside_a()
+    assert state.handle(Wanted("a"), 5) == []
+    assert state.handle(Finished("a"), 6) == [Evict("a", "room")]
+    assert state.handle(Evicted("a"), 7) == [Load("new"), Load("a")]
+
+
+def test_what_finds_no_room_does_not_wait_for_a_model_that_is_lost():
+    assert no_room_beside_a().handle(Unwanted("a", is_lost=True), 5) == [Load("new")]
+
+
+def test_what_comes_back_fast_leaves_first_by_its_measured_time():
+    state = device({"slow": 10, "fast": 10, "new": 10}, capacity_bytes=20, policy=eviction.gdsf)
+    for now_s, (name, took_s) in enumerate({"slow": 0.5, "fast": 0.01}.items(), 1):
+        state.handle(Wanted(name), now_s)
+        state.handle(Loaded(name, took_s), now_s)
+    assert use(state, "new", 3) == ["fast"]
+
+
 def test_a_call_without_room_takes_idle_models_off_and_never_those_that_run_or_itself():
     state = device({"a": 10, "b": 10, "c": 10}, capacity_bytes=100)
     for now_s, name in enumerate(("a", "b", "c"), 1):
@@ -258,13 +287,17 @@ class RandomTrace(RuleBasedStateMachine):
         self.feed(Finished(name))
 
     @precondition(lambda self: self.todo)
-    @rule(data=st.data(), fails=st.booleans())
-    def carry_out(self, data, fails):
+    @rule(data=st.data(), end=st.sampled_from([Loaded, Loaded, LoadFailed, NoRoom]))
+    def carry_out(self, data, end):
         action = self.todo.pop(data.draw(st.integers(0, len(self.todo) - 1)))
-        if isinstance(action, Evict):
-            self.feed(Evicted(action.model))
-        else:
-            self.feed(LoadFailed(action.model) if fails else Loaded(action.model))
+        self.feed(Evicted(action.model) if isinstance(action, Evict) else end(action.model))
+
+    @rule(name=st.sampled_from(NAMES))
+    def lose(self, name):
+        """Its executor died."""
+        self.running = [other for other in self.running if other != name]
+        self.todo = [action for action in self.todo if action.model != name]
+        self.feed(Unwanted(name, is_lost=True))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
