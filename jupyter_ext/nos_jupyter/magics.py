@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,9 @@ class NosMagics(Magics):
 
         Values are text; `{expression}` and `$name` pass the object itself.
         """
+        if cell is None:
+            # IPython hides the output for it, and leaves it on the line.
+            line = line.rstrip().removesuffix(";")
         try:
             options = self.command_line.parse(line)
         except arguments.HelpShown:
@@ -143,7 +147,12 @@ class NosMagics(Magics):
         return self._ask(lambda client: client.status())
 
     def _connect(self, options: argparse.Namespace) -> Any:
-        find = functools.partial(nos.connect, options.address, token_file=options.token_file)
+        namespace = self._shell.user_ns
+        address, token_file = (
+            word and str(arguments.value(word, namespace))
+            for word in (options.address, options.token_file)
+        )
+        find = functools.partial(nos.connect, address, token_file=token_file)
         self._use(find())
         self._find, self._is_started = find, False
         return self._status(options)
@@ -236,12 +245,15 @@ class NosMagics(Magics):
         _check_name(options.out)
         handle = self._ask(lambda client: client.model(options.model))
         results: list[Any] = []
+        total = operator.length_hint(items)
         begin_s = time.monotonic()
         try:
-            for value in handle.map(
-                items, method=options.method or None, progress=True, timeout_s=options.timeout
-            ):
-                results.append(value)  # noqa: PERF402 - what came before an interrupt is kept
+            with Progress(self._shell, f"calling {options.model}") as progress:
+                for value in handle.map(
+                    items, method=options.method or None, timeout_s=options.timeout
+                ):
+                    results.append(value)
+                    progress.count = f"{len(results)} of {total}" if total else f"{len(results)}"
         finally:
             if options.out:
                 self._shell.user_ns[options.out] = results

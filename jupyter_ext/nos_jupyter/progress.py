@@ -29,6 +29,8 @@ class Progress:
 
     def __init__(self, shell: InteractiveShell, what: str) -> None:
         self._what = what
+        #: How far it is, for instance `3 of 10`; whoever runs sets it.
+        self.count = ""
         self._publish = shell.display_pub.publish
         self._is_front_end = getattr(shell, "kernel", None) is not None
         self._done = threading.Event()
@@ -64,7 +66,8 @@ class Progress:
             self._done.wait(_PERIOD_S)
 
     def _say(self, state: str) -> None:
-        line = Message(f"{self._what} {state} {time.monotonic() - self._begin_s:.1f} s")
+        elapsed_s = f"{time.monotonic() - self._begin_s:.1f} s"
+        line = Message(" ".join(filter(None, (self._what, self.count, state, elapsed_s))))
         self._publish(
             line._repr_mimebundle_(),
             transient={"display_id": self._display_id},

@@ -92,6 +92,10 @@ class Lab:
         for _ in cells:
             self.run_next()
 
+    def save(self) -> None:
+        """Save the notebook and wait until that is done."""
+        self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+
     def shoot(self, selector: str, name: str) -> None:
         """Keep a picture of a widget for people to look at, light and dark."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)

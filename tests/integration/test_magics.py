@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ NOTEBOOK = [
     "import sys\nassert 'torch' not in sys.modules",
 ]
 WRONG = "%nos wxyz"
+EXAMPLES = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 @pytest.mark.accept("G1")
@@ -149,21 +151,36 @@ def test_a_notebook_starts_uses_and_stops_a_backend(tmp_path: Path) -> None:
     assert not list((tmp_path / "nos").rglob("backend.json"))
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda it: it.stem
-)
-def test_every_example_runs_and_reads_well_as_saved(path: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of somebody who runs the examples one after the other, and so one server."""
+    folder = tmp_path_factory.mktemp("reader")
+    yield isolated(folder)
+    nos.stop(state_dir=folder / "nos")
+
+
+@pytest.mark.accept("G4")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda it: it.stem)
+def test_every_example_runs_and_reads_well_as_saved(path: Path, reader: dict[str, str]) -> None:
     saved = nbformat.read(path, as_version=4)
+    assert "widgets" not in saved.metadata
     for cell in saved.cells:
         for output in cell.get("outputs", []):
             assert output.output_type != "error"
             if output.output_type in ("execute_result", "display_data"):
                 assert "text/plain" in output.data
                 assert "application/vnd.jupyter.widget-view+json" not in output.data
-    try:
-        NotebookClient(saved, timeout=90, kernel_name="python3").execute(env=isolated(tmp_path))
-    finally:
-        nos.stop(state_dir=tmp_path / "nos")
+                assert "text/html" in output.data or "%nos" not in cell.source
+    runner = NotebookClient(nbformat.from_dict(saved), timeout=90, kernel_name="python3")
+    runner.execute(env=reader)
+    for book in (saved, runner.nb):
+        assert not re.search(r"nos_[\w-]{32}", nbformat.writes(book))
+
+
+@pytest.mark.accept("G4")
+def test_every_example_is_in_the_list_of_examples() -> None:
+    listed = (ROOT / "examples" / "README.md").read_text()
+    assert [path.name for path in EXAMPLES if f"({path.name})" not in listed] == []
 
 
 @pytest.mark.accept("G1")
@@ -241,6 +258,16 @@ def test_loaded_models_are_told_from_the_others(kernel: Kernel) -> None:
     wait_for(lambda: "nos/edges" in loaded(), "the model counts as loaded")
     kernel.good("%nos unload nos/edges")
     wait_for(lambda: "nos/edges" not in loaded(), "the model no longer counts as loaded")
+
+
+def test_a_semicolon_hides_what_a_command_gave(kernel: Kernel) -> None:
+    assert not kernel.good("%nos status;").bundle
+    assert kernel.good("%nos status").bundle
+
+
+def test_where_to_connect_may_come_from_the_notebook(kernel: Kernel, server: Server) -> None:
+    kernel.good(f"where, key = {server.address!r}, {str(server.token_file)!r}")
+    assert "ready" in kernel.good("%nos connect $where --token-file {key}").text
 
 
 def test_a_cell_is_the_first_argument_of_run(kernel: Kernel) -> None:

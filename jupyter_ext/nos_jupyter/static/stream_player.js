@@ -4,7 +4,7 @@
 // Frames go over a websocket of the Jupyter server where it uses the same backend as the kernel, else over the
 // widget's own messages. Messages from the kernel: player {model, method, parameter, source, address, fps},
 // state {name, sentence}; frame {seq, view, ...} and a buffer, as over the websocket.
-// Messages to the kernel: begin, end, frame {seq} and a buffer, ack {seq}.
+// Messages to the kernel: begin, end, frame {seq} and a buffer, ack {seq}, still {text} and a JPEG.
 
 import { StateLine, button, errorBox, live, make } from "./page.js";
 import { closeVideo, encode, openCamera, openFile } from "./camera.js";
@@ -263,7 +263,17 @@ class View {
     this.wrong.replaceChildren(errorBox("", sentence, () => this.again?.()));
   }
 
+  /** Has the kernel keep what is shown, for the saved notebook. */
+  async #keep() {
+    if (!this.num_shown) return;
+    this.#say();
+    const text = this.stats.textContent;
+    const buffers = this.screen.hidden ? [] : [await (await encode(this.screen, document.createElement("canvas"), "image/jpeg", 640)).arrayBuffer()];
+    this.post.send({ type: "still", text }, buffers);
+  }
+
   stop() {
+    if (this.isPlaying) this.#keep();
     closeVideo(this.video);
     this.video = null;
     this.road?.close();

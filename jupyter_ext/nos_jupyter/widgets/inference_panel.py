@@ -13,10 +13,13 @@ from nos_jupyter import page
 from nos_jupyter.desk import Desk
 from nos_jupyter.following import Follower
 from nos_jupyter.forms import model_form
-from nos_jupyter.views import Message
+from nos_jupyter.stills import Still
+from nos_jupyter.views import Message, RunResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from nos_jupyter.views import MimeBundle
 
 
 class InferencePanel(anywidget.AnyWidget):
@@ -39,9 +42,12 @@ class InferencePanel(anywidget.AnyWidget):
         self._model = model
         #: What the pages were last told of the model; None before it is known.
         self._form: dict[str, Any] | None = None
+        #: How long the last call that succeeded took; None before.
+        self._total_s: float | None = None
+        self._still = Still(self._picture)
         self.on_msg(self._on_message)
         self._follower = Follower(source, self._follow, self._on_change, self.send)
-        self._desk = Desk(self._follower.client, self.send)
+        self._desk = Desk(self._follower.client, self._answer)
 
     @property
     def value(self) -> Any:
@@ -87,7 +93,19 @@ class InferencePanel(anywidget.AnyWidget):
         if kind in ("hello", "alive"):
             self._follower.on_page(kind)
 
+    def _answer(self, message: dict[str, Any], buffers: list[bytes] | None = None) -> None:
+        """Pass on what became of a call."""
+        self.send(message, buffers)
+        if message["type"] == "done":
+            self._total_s = float(message["total_s"])
+            self._still.change()
+
+    def _picture(self) -> MimeBundle:
+        if self._total_s is None:
+            text = f"%nos panel {self._model}: a form, live while the notebook runs"
+            return Message(text)._repr_mimebundle_()
+        return RunResult(self._model, self.value, self._total_s)._repr_mimebundle_()
+
     def _repr_mimebundle_(self, **options: Any) -> Any:
         data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
-        still = Message(f"%nos panel {self._model}: a form, live while the notebook runs")
-        return {**data, **still._repr_mimebundle_()}, metadata
+        return {**data, **self._still.show()}, metadata

@@ -11,6 +11,7 @@ import nos
 from nos_jupyter import page
 from nos_jupyter.following import Follower
 from nos_jupyter.memory import History, Mark, Sample
+from nos_jupyter.stills import Still
 from nos_jupyter.views import format_bytes
 
 if TYPE_CHECKING:
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 
     from nos import Event
 
+    from nos_jupyter.views import MimeBundle
+
 _INTERVAL_S = 0.5
 _FIRST_SAMPLE_S = 1.0
+_STILL_PERIOD_S = 10.0
 _MARKED = frozenset({"loading", "loaded", "unloaded", "failed", "worker-lost", "executor-lost"})
 
 
@@ -44,6 +48,7 @@ class MemoryProfile(anywidget.AnyWidget):
         #: What was seen; under the lock.
         self._history = History()
         self._has_sample = threading.Event()
+        self._still = Still(self._picture, _STILL_PERIOD_S)
         self.on_msg(self._on_message)
         self._follower = Follower(
             source,
@@ -87,18 +92,21 @@ class MemoryProfile(anywidget.AnyWidget):
                 self._history.samples.append(sample)
                 self.send({"type": "sample", "sample": sample.to_json()})
             self._has_sample.set()
+            self._still.change()
         elif event.kind in _MARKED:
             mark = Mark(event.time_s, event.kind, event.model)
             with self._lock:
                 self._history.marks.append(mark)
                 self.send({"type": "mark", "mark": mark.to_json()})
 
+    def _picture(self) -> MimeBundle:
+        with self._lock:
+            html = self._history.to_html()
+            peak = format_bytes(self._history.peak_bytes)
+        return {"text/html": html, "text/plain": f"MemoryProfile(peak {peak})"}
+
     def _repr_mimebundle_(self, **options: Any) -> Any:
         # So that a saved page shows more than an empty picture.
         self._has_sample.wait(_FIRST_SAMPLE_S)
         data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
-        with self._lock:
-            html = self._history.to_html()
-            peak = format_bytes(self._history.peak_bytes)
-        still = {"text/html": html, "text/plain": f"MemoryProfile(peak {peak})"}
-        return {**data, **still}, metadata
+        return {**data, **self._still.show()}, metadata

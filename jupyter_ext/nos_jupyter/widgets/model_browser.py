@@ -14,12 +14,15 @@ from nos_jupyter.desk import Desk
 from nos_jupyter.following import Follower, start_thread
 from nos_jupyter.forms import model_form
 from nos_jupyter.rendering import describe
+from nos_jupyter.stills import Still
 from nos_jupyter.views import Message, format_bytes, table_html, table_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from nos.types import ModelChange
+
+    from nos_jupyter.views import MimeBundle
 
 _FIRST_MODEL_S = 1.0
 _HEADER = ("model", "state", "device memory", "about")
@@ -41,6 +44,7 @@ class ModelBrowser(anywidget.AnyWidget):
         #: What pages show of each model, by name; under the lock.
         self._forms: dict[str, dict[str, Any]] = {}
         self._has_model = threading.Event()
+        self._still = Still(self._picture)
         self.on_msg(self._on_message)
         self._follower = Follower(
             source, lambda client: client.watch(), self._on_change, self._tell
@@ -76,6 +80,7 @@ class ModelBrowser(anywidget.AnyWidget):
                 self._forms[name] = model_form(change.model)
                 self.send({"type": "model", "model": self._forms[name]})
         self._has_model.set()
+        self._still.change()
 
     def _on_message(
         self, _: object, content: dict[str, Any], buffers: Sequence[memoryview]
@@ -100,10 +105,7 @@ class ModelBrowser(anywidget.AnyWidget):
         else:
             self.send({"type": "moved", "model": name, "act": kind})
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        # So that a saved page shows what there was.
-        self._has_model.wait(_FIRST_MODEL_S)
-        data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
+    def _picture(self) -> MimeBundle:
         with self._lock:
             rows = [
                 (
@@ -115,6 +117,11 @@ class ModelBrowser(anywidget.AnyWidget):
                 for _, form in sorted(self._forms.items())
             ]
         if not rows:
-            return {**data, **Message("no model is known yet")._repr_mimebundle_()}, metadata
-        still = {"text/html": table_html(_HEADER, rows), "text/plain": table_text(_HEADER, rows)}
-        return {**data, **still}, metadata
+            return Message("no model is known yet")._repr_mimebundle_()
+        return {"text/html": table_html(_HEADER, rows), "text/plain": table_text(_HEADER, rows)}
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        # So that a saved page shows what there was.
+        self._has_model.wait(_FIRST_MODEL_S)
+        data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
+        return {**data, **self._still.show()}, metadata

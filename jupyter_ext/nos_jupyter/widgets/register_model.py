@@ -14,12 +14,15 @@ from nos_jupyter.following import Follower, start_thread
 from nos_jupyter.forms import model_form
 from nos_jupyter.rendering import describe
 from nos_jupyter.sources import class_names, compile_source
+from nos_jupyter.stills import Still
 from nos_jupyter.views import Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from nos.types import Event
+    from nos.types import Event, ModelInfo
+
+    from nos_jupyter.views import MimeBundle
 
 DEVICES = ("auto", "cpu", "cuda")
 EXAMPLE = '''class Scale:
@@ -54,6 +57,9 @@ class RegisterModel(anywidget.AnyWidget):
     ) -> None:
         super().__init__()
         self._start = {"type": "start", "name": name, "source": source_text, "devices": DEVICES}
+        #: What it registered last; None before.
+        self._registered: ModelInfo | None = None
+        self._still = Still(self._picture)
         self.on_msg(self._on_message)
         self._follower: Follower[Event] = Follower(
             source, lambda client: client.events(status_interval_s=2.0), lambda _: None, self.send
@@ -109,8 +115,15 @@ class RegisterModel(anywidget.AnyWidget):
             self.send({"type": "unregistered", "id": call_id, **describe(error)})
         else:
             self.send({"type": "registered", "id": call_id, "model": model_form(info)})
+            self._registered = info
+            self._still.change()
+
+    def _picture(self) -> MimeBundle:
+        if self._registered is None:
+            text = "a form that registers a model, live while the notebook runs"
+            return Message(text)._repr_mimebundle_()
+        return {"text/html": self._registered._repr_html_(), "text/plain": str(self._registered)}
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
-        still = Message("a form that registers a model, live while the notebook runs")
-        return {**data, **still._repr_mimebundle_()}, metadata
+        return {**data, **self._still.show()}, metadata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from base64 import b64encode
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -14,6 +15,7 @@ from nos.types import Media
 from nos_jupyter import frames, page
 from nos_jupyter.following import Follower, start_thread
 from nos_jupyter.rendering import describe
+from nos_jupyter.stills import Still
 from nos_jupyter.views import Message
 
 if TYPE_CHECKING:
@@ -21,11 +23,16 @@ if TYPE_CHECKING:
 
     from nos import Event, Result, Stream
 
+    from nos_jupyter.views import MimeBundle
+
 #: Frames of the notebook that pages may be behind.
 WINDOW = 16
 #: How long a page that says nothing holds them up: on ipykernel 6 a cell that runs stops all that it says.
 _SILENCE_S = 1.0
 _STATUS_S = 2.0
+#: Of the picture that a saved notebook shows, and of the line under it.
+_MAX_STILL_BYTES, _MAX_STILL_TEXT = 200 << 10, 200
+_JPEG = b"\xff\xd8\xff"
 
 
 class StreamPlayer(anywidget.AnyWidget):
@@ -67,6 +74,9 @@ class StreamPlayer(anywidget.AnyWidget):
         self._numbers: dict[int, Any] = {}
         #: Of frames of the notebook: how many the page said that it drew.
         self._num_drawn = 0
+        #: What a page showed last: a JPEG, and a line with its figures; both may be empty.
+        self._last = b"", ""
+        self._still = Still(self._picture)
         self.on_msg(self._on_message)
         self._follower: Follower[Event] = Follower(
             source,
@@ -117,6 +127,8 @@ class StreamPlayer(anywidget.AnyWidget):
             with self._changed:
                 self._num_drawn = max(self._num_drawn, int(content["seq"]))
                 self._changed.notify_all()
+        elif kind == "still":
+            self._keep(content, buffers)
         elif kind in ("hello", "alive"):
             self._follower.on_page(kind)
 
@@ -191,7 +203,24 @@ class StreamPlayer(anywidget.AnyWidget):
         if stream is not None:
             stream.close()
 
+    def _keep(self, content: dict[str, Any], buffers: Sequence[memoryview]) -> None:
+        """Keep what a page showed last, and how it went."""
+        picture = bytes(buffers[0]) if buffers else b""
+        if len(picture) > _MAX_STILL_BYTES or not picture.startswith(_JPEG):
+            picture = b""
+        self._last = picture, str(content.get("text", ""))[:_MAX_STILL_TEXT]
+        self._still.change()
+
+    def _picture(self) -> MimeBundle:
+        picture, said = self._last
+        command = f"%nos stream {self._model}"
+        bundle = Message(f"{command}: {said or 'live frames while the notebook runs'}")
+        html = bundle._repr_mimebundle_()["text/html"]
+        if picture:
+            source = f"data:image/jpeg;base64,{b64encode(picture).decode()}"
+            html = f'<img alt="the last frame" src="{source}"><div>{html}</div>'
+        return {"text/plain": bundle.text, "text/html": html}
+
     def _repr_mimebundle_(self, **options: Any) -> Any:
         data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
-        still = Message(f"%nos stream {self._model}: live frames while the notebook runs")
-        return {**data, **still._repr_mimebundle_()}, metadata
+        return {**data, **self._still.show()}, metadata
