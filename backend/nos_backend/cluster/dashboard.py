@@ -6,18 +6,20 @@ parts is an `/individual-nos-...` plot as well, which JupyterLab's Dask sidebar 
 
 from __future__ import annotations
 
+import html
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from bokeh.layouts import column, row
 from bokeh.models import (
+    BasicTicker,
     ColumnDataSource,
     FactorRange,
     HoverTool,
     NumeralTickFormatter,
 )
-from bokeh.models.widgets import DataTable, Div, TableColumn
+from bokeh.models.widgets import Div
 from bokeh.palettes import Category10
 from bokeh.plotting import figure
 from distributed.dashboard import scheduler as dask_pages
@@ -43,6 +45,8 @@ _SHOWN_EVENTS: Final = frozenset(
     {"scaled", "replicas", "draining", "failed", "executor-lost", "worker-joined", "worker-lost"}
     | {"worker-retiring", "worker-retired"}
 )
+#: Of ticks in bytes.
+_MANTISSAS: Final = [2**power for power in range(10)]
 _COLORS: Final = Category10[10]
 _PARTS: Final = ("replicas", "waits", "answers", "latencies", "batches", "memory", "events")
 
@@ -56,21 +60,21 @@ class Page:
         #: By model version, in order of appearance.
         self._colors: dict[str, str] = {}
         self.note = Div(name="nos-note", sizing_mode="stretch_width")
-        self._replicas = _source("replicas", *_REPLICA_COLUMNS)
-        self._events = _source("events", "time", "kind", "model", "worker", "message")
+        self._replicas = Div(sizing_mode="stretch_width")
+        self._events = Div(sizing_mode="stretch_width")
         self._lines = _source("lines", "model", "color", "times", "answers", "waits", "latencies")
         self._batches = _source("batches", "size", "model", "color", "start", "end", "count")
         self._memory = _source("memory", "worker", "model", "color", "start", "end", "bytes")
         self._room = _source("room", "worker", "capacity")
         self._sizes, self._workers = FactorRange(), FactorRange()
         self.parts: dict[str, LayoutDOM] = {
-            "replicas": _table(self._replicas, _REPLICA_COLUMNS),
-            "waits": self._line("Waiting for the device (mean)", "waits", "0.0a", "s"),
-            "answers": self._line("Answers per second", "answers", "0.[0]a", "1/s"),
-            "latencies": self._line("Latency on the worker (p99)", "latencies", "0.[000]", "s"),
+            "replicas": self._replicas,
+            "waits": self._line("Waiting for the device, mean", "waits", "ms"),
+            "answers": self._line("Answers", "answers", "1/s"),
+            "latencies": self._line("Latency on the worker, p99", "latencies", "ms"),
             "batches": self._bars_of_batches(),
             "memory": self._bars_of_memory(),
-            "events": _table(self._events, _EVENT_COLUMNS),
+            "events": self._events,
         }
 
     def update(self) -> None:
@@ -80,11 +84,11 @@ class Page:
         now_s = time.time()
         self._figures.observe(state["workers"], now_s)
         self.note.text = _said(state)
-        _show(self._replicas, self._replica_rows(state, now_s))
+        self._replicas.text = _table("replicas", _REPLICA_COLUMNS, self._replica_rows(state, now_s))
         _show(self._lines, self._line_rows())
         self._show_batches()
         self._show_memory(state)
-        _show(self._events, self._event_rows())
+        self._events.text = _table("events", _EVENT_COLUMNS, self._event_rows())
 
     def _color(self, key: str) -> str:
         if key == _OTHER:
@@ -110,11 +114,11 @@ class Page:
                         placed["replicas"].get(worker["name"], model["state"]),
                         model["num_pending"],
                         model["num_answered"],
-                        round(point.answers_hz, 1),
-                        round(1e3 * point.queue_s, 1),
-                        round(1e3 * point.p99_s, 1),
-                        round(num_run / num_batches, 1) if num_batches else 0.0,
-                        round(model["device_bytes"] / 2**20, 1),
+                        f"{point.answers_hz:.1f}",
+                        f"{1e3 * point.queue_s:.1f}",
+                        f"{1e3 * point.p99_s:.1f}",
+                        f"{num_run / max(1, num_batches):.1f}",
+                        f"{model['device_bytes'] / 2**20:.1f}",
                     )
                 )
         return sorted(rows)
@@ -126,8 +130,8 @@ class Page:
                 self._color(key),
                 [1e3 * point.time_s for point in line],
                 [point.answers_hz for point in line],
-                [point.queue_s for point in line],
-                [point.p99_s for point in line],
+                [1e3 * point.queue_s for point in line],
+                [1e3 * point.p99_s for point in line],
             )
             for key, line in sorted(self._figures.points.items())
         ]
@@ -190,10 +194,10 @@ class Page:
 
     # Drawing.
 
-    def _line(self, title: str, name: str, numbers: str, unit: str) -> Any:
+    def _line(self, title: str, name: str, unit: str) -> Any:
         plot = _plot(title, x_axis_type="datetime", y_axis_label=unit)
         plot.y_range.start = 0
-        plot.yaxis[0].formatter = NumeralTickFormatter(format=numbers)
+        plot.yaxis[0].formatter = NumeralTickFormatter(format="0.[000]")
         lines = plot.multi_line(
             xs="times",
             ys=name,
@@ -237,33 +241,25 @@ class Page:
             legend_field="model",
             source=self._memory,
         )
-        plot.xaxis[0].formatter = NumeralTickFormatter(format="0.0 b")
+        plot.xaxis[0].ticker = BasicTicker(base=1024, mantissas=_MANTISSAS)
+        plot.xaxis[0].formatter = NumeralTickFormatter(format="0.[0] b")
         plot.add_tools(HoverTool(renderers=[parts], tooltips="@model: @bytes{0.0 b}"))
         _tidy_legend(plot)
         return plot
 
 
-#: Names in the source, titles and widths.
-_REPLICA_COLUMNS: Final = {
-    "model": ("Model", 200),
-    "worker": ("Worker", 80),
-    "device": ("Device", 60),
-    "state": ("State", 70),
-    "waiting": ("Pending", 60),
-    "answered": ("Answered", 70),
-    "answers_hz": ("Answers/s", 70),
-    "queue_ms": ("Queue ms", 70),
-    "p99_ms": ("p99 ms", 60),
-    "batch": ("Mean batch", 80),
-    "device_mib": ("Device MiB", 80),
-}
-_EVENT_COLUMNS: Final = {
-    "time": ("Time", 70),
-    "kind": ("Event", 100),
-    "model": ("Model", 160),
-    "worker": ("Worker", 80),
-    "message": ("Why", 400),
-}
+_REPLICA_COLUMNS: Final = (
+    *("Model", "Worker", "Device", "State", "Pending", "Answered"),
+    *("Answers/s", "Queue ms", "p99 ms", "Mean batch", "Device MiB"),
+)
+_EVENT_COLUMNS: Final = ("Time", "Event", "Model", "Worker", "Why")
+_STYLE: Final = """<style>
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
+th { text-align: left; border-bottom: 1px solid #ccc; }
+th, td { padding: 3px 10px; }
+tr:nth-child(even) td { background: #f2f2f2; }
+td { font-variant-numeric: tabular-nums; }
+</style>"""
 
 
 def _source(name: str, *columns: str) -> ColumnDataSource:
@@ -298,24 +294,22 @@ def _plot(title: str, **options: Any) -> Any:
 
 def _tidy_legend(plot: Any) -> None:
     legend = plot.legend[0]
-    legend.location = "top_left"
-    legend.background_fill_alpha = 0.6
+    plot.add_layout(legend, "above")
+    legend.orientation = "horizontal"
+    legend.ncols = 3
+    legend.background_fill_alpha = 0
     legend.border_line_alpha = 0
     legend.label_text_font_size = "8pt"
     legend.padding = legend.margin = 4
 
 
-def _table(source: ColumnDataSource, columns: dict[str, tuple[str, int]]) -> DataTable:
-    return DataTable(
-        source=source,
-        columns=[
-            TableColumn(field=name, title=title, width=width)
-            for name, (title, width) in columns.items()
-        ],
-        index_position=None,
-        height=200,
-        sizing_mode="stretch_width",
+def _table(name: str, titles: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """Return a table as HTML; a table of Bokeh's shows new values only when the number of rows changes."""
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
     )
+    return f"{_STYLE}<table class='nos-{name}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _said(state: dict[str, Any]) -> str:
@@ -327,9 +321,10 @@ def _said(state: dict[str, Any]) -> str:
     )
     wanted = sum(model["target"] for model in models.values())
     return (
-        f"<b>{len(workers)}</b> workers, <b>{serving}</b> of {wanted} replicas serve. Scale with"
-        " <code>nos scale</code> and <code>nos cluster</code>, or <code>%nos cluster</code> in a"
-        " notebook; this page only shows."
+        f"Workers: <b>{len(workers)}</b>. Replicas that serve: <b>{serving}</b> of {wanted} wanted."
+        " This page only shows: scale with <code>nos scale</code> and <code>nos cluster</code>, or"
+        " <code>%nos cluster</code> in"
+        " a notebook."
     )
 
 
