@@ -174,6 +174,9 @@ def test_sigterm_leaves_nothing(own_server):
     assert {path.name for path in own_server.state_dir.iterdir()} <= {
         "logs",
         "blobs",
+        "environments",
+        "folders",
+        "homes",
         "registry.db",
         "serve.lock",
         "start.lock",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nos_backend.cluster.plane import ServePlane
+from nos_backend.own_memory import hide_memory
 
 try:
     from nos_backend.cluster import dashboard
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 async def dask_setup(scheduler: Scheduler) -> None:
     """Install the ServePlane; Dask calls this when the scheduler starts."""
+    hide_memory()
     plane = ServePlane()
     await plane.start(scheduler)
     scheduler.add_plugin(plane, idempotent=True)

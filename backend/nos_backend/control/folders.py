@@ -59,6 +59,9 @@ class FolderStore:
                 target = temporary / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._copy(file, target)
+            temporary.chmod(
+                0o755
+            )  # executors may be other users; the folder's name has to be known
             for parent in {temporary, *(path for path in temporary.rglob("*") if path.is_dir())}:
                 sync_folder(parent)
             temporary.rename(folder)

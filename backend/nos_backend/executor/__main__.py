@@ -1,4 +1,4 @@
-"""`python -m nos_backend.executor`: an executor without a fork server."""
+"""`python -m nos_backend.executor`: an executor without a fork server, started within its bounds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import os
 from dataclasses import fields
 
-from nos_backend.executor.process import Start, confine
+from nos_backend.executor.loop import run
+from nos_backend.executor.process import Start
 
 
 def main() -> None:
@@ -15,15 +16,9 @@ def main() -> None:
     for field in fields(Start):
         kind = str if field.name in {"name", "device"} else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, required=True)
-    parser.add_argument("--parent-pid", type=int, required=True)
-    options = vars(parser.parse_args())
-    confine(options.pop("parent_pid"))
-    start = Start(**options)
+    start = Start(**vars(parser.parse_args()))
     for fd in (start.socket_fd, start.input_fd, start.output_fd):
         os.set_inheritable(fd, False)
-
-    from nos_backend.executor.loop import run  # torch, only once this process is confined
-
     run(start)
 
 

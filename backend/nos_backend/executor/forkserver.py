@@ -2,11 +2,12 @@
 
 It has torch imported and has run no operation of it: a child of a process that ran one hangs at its own
 first operation. For the same reason it has one thread, which is checked before every fork. It ends with
-its socket and takes its children with it.
+its socket and takes its children with it. What an executor leaves behind ends when one of them does.
 
 Messages are packets, JSON, with descriptors beside them::
 
-    worker -> fork server   fork    id, name, device, num_threads     + socket, input, output, log
+    worker -> fork server   fork    id, name, device, num_threads,
+                                    bounds                            + socket, input, output, log, rules?
     fork server -> worker   ready
                             forked  id, pid                           + pidfd
                             failed  id, message
@@ -23,23 +24,25 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch  # noqa: F401 - to have it imported is what this process is for
 
 from nos_backend.executor import loop
+from nos_backend.executor.confinement import Bounds, enter
 from nos_backend.executor.process import (
     Start,
+    adopt_orphans,
     close_all_but,
-    confine,
     num_threads_now,
     redirect_output,
     set_title,
 )
 
 PACKET_BYTES: Final = 1 << 16
-_NUM_DESCRIPTORS: Final = 4
+_NUM_DESCRIPTORS: Final = 5
 
 
 class ForkServer:
@@ -73,6 +76,8 @@ class ForkServer:
             _kill_group(pid)
             os.waitpid(pid, 0)
             os.close(pidfd)
+        self._children.clear()
+        self._end_orphans()
 
     def _fork(self, request: dict[str, Any], fds: list[int]) -> Start | None:
         """Make a child; returns there with its start, and here with None."""
@@ -100,7 +105,21 @@ class ForkServer:
         _kill_group(pid)
         _, status = os.waitpid(pid, 0)
         os.close(pidfd)
+        self._end_orphans()
         self._send({"op": "exited", "pid": pid, "status": status})
+
+    def _end_orphans(self) -> None:
+        """End what executors started that outlived its parent; whose it was is not known any more."""
+        children = Path(f"/proc/self/task/{os.getpid()}/children")
+        known = set(self._children.values())
+        while children.exists():  # not in every kernel
+            orphans = {int(pid) for pid in children.read_text().split()} - known
+            if not orphans:
+                return
+            for pid in orphans:
+                _kill_group(pid)
+            for pid in orphans:
+                os.waitpid(pid, 0)
 
     def _send(self, message: dict[str, Any], *fds: int) -> None:
         with suppress(ConnectionError):  # then the next receive says that the worker is gone
@@ -110,6 +129,7 @@ class ForkServer:
 def main() -> None:
     """Serve on the inherited socket; in a child, run the executor."""
     set_title("nos:forkserver")
+    adopt_orphans()
     with socket.socket(fileno=int(sys.argv[1])) as peer:
         peer.set_inheritable(False)
         gc.collect()
@@ -125,11 +145,12 @@ def main() -> None:
 
 
 def _become(request: dict[str, Any], fds: list[int], parent: int) -> Start:
-    confine(parent)
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    socket_fd, input_fd, output_fd, log_fd = fds
+    socket_fd, input_fd, output_fd, log_fd, *rules = fds
     redirect_output(log_fd)
-    close_all_but((socket_fd, input_fd, output_fd))
+    close_all_but((socket_fd, input_fd, output_fd, *rules))
+    enter(Bounds.read(request["bounds"]), rules[0] if rules else None, parent)
     np.random.seed()  # models may use the old generator, and no two the same numbers
     return Start(
         name=request["name"],

@@ -1,12 +1,10 @@
-"""What a process does to itself before it runs code that is not ours."""
+"""What a process does to itself before it becomes an executor; `confinement.py` holds it."""
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
 import os
-import resource
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,11 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
-_PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_SET_CHILD_SUBREAPER: Final = 36
 
-#: Opened before any fork: a child must not need the dynamic loader to confine itself.
-_libc = ctypes.CDLL(None, use_errno=True)
+#: Opened before any fork: a child must not need the dynamic loader.
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,19 +41,9 @@ def num_threads_now() -> int:
     return sum(1 for _ in Path("/proc/self/task").iterdir())
 
 
-def confine(parent_pid: int) -> None:
-    """Tie this process to its parent and take away what a model does not need.
-
-    The parent's death signal follows the thread that made this process: it must live as long as the
-    parent does.
-    """
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(0)
-    if os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def adopt_orphans() -> None:
+    """Become the parent of grandchildren whose parent died, so that none is overlooked."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def set_title(title: str) -> None:
@@ -97,9 +84,3 @@ def flush_lines() -> None:
         for fd in (1, 2)
     )
     faulthandler.enable()
-
-
-def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, value, 0, 0, 0):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

@@ -39,6 +39,8 @@ class Slot:
     """The place of one executor, from one crash to the next."""
 
     name: str
+    #: Whose models it has.
+    owner: str
     device: str
     #: Packages of its Python environment besides the server's.
     requirements: tuple[str, ...] = ()

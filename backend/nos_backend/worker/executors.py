@@ -28,6 +28,7 @@ from nos.errors import (
 )
 
 from nos_backend.executor.arena import DEFAULT_ARENA_BYTES, Arena, ArenaFullError
+from nos_backend.executor.confinement import Bounds
 from nos_backend.executor.log_lines import LogLines
 from nos_backend.executor.messages import (
     MAX_SHORT_FREED,
@@ -142,6 +143,8 @@ class Executor(asyncio.Protocol):
         forkserver: ForkServer | None,
         python: str = sys.executable,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
+        bounds: Bounds | None = None,
+        rules_fd: int | None = None,
         on_line: Callable[[str, str], None] | None = None,
     ) -> Executor:
         """Start one and wait until it takes calls.
@@ -153,6 +156,8 @@ class Executor(asyncio.Protocol):
             forkserver: Whose child it becomes; without one it is spawned.
             python: The interpreter, where it is spawned.
             arena_bytes: Size of each of its two arenas; only what is used takes memory.
+            bounds: What it is held to; None holds it to the least.
+            rules_fd: Rules of landlock beside them; stays the caller's.
             on_line: Called on the loop with a model's key and each line that it printed.
 
         Raises:
@@ -178,6 +183,8 @@ class Executor(asyncio.Protocol):
                 input_fd=input_fd,
                 output_fd=output_fd,
                 log_fd=log_write,
+                bounds=bounds or Bounds(),
+                rules_fd=rules_fd,
             )
             try:
                 self._process = await make_process(request, forkserver)

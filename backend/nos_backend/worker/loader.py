@@ -74,7 +74,10 @@ class Loader:
         gate = self._gates.setdefault(entry.definition.owner, asyncio.Semaphore(_MAX_CONSTRUCTIONS))
         async with gate:
             scratch = await self._launcher.start(
-                f"{entry.definition.owner}/{key}", entry.slot.device, entry.slot.requirements
+                f"{entry.definition.owner}/{key}",
+                entry.definition.owner,
+                entry.slot.device,
+                entry.slot.requirements,
             )
             self._scratches.add(scratch)
             entry.scratch = scratch
@@ -110,6 +113,7 @@ class Loader:
         async with gate:
             scratch = await self._launcher.start(
                 f"{definition.owner}/{definition.key} tried",
+                definition.owner,
                 device,
                 tuple(definition.environment),
             )

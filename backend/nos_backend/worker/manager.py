@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nos_backend.definition import ModelDefinition
     from nos_backend.scheduling.caps import Cap
     from nos_backend.worker.arguments import Call
+    from nos_backend.worker.bounds import Confinement
     from nos_backend.worker.entries import Slot
     from nos_backend.worker.environments import Environments
     from nos_backend.worker.executors import Executor
@@ -77,6 +78,7 @@ class ModelManager:
         num_threads: int | None = None,
         use_forkserver: bool = True,
         environments: Environments | None = None,
+        confinement: Confinement | None = None,
         profiles: ProfileOptions | None = None,
         on_event: Callable[[str, str, str], None] = _ignore,
         probes: Probes | None = None,
@@ -95,6 +97,7 @@ class ModelManager:
             use_forkserver: Whether executors are forked from a prepared process.
             environments: Builds the environments of models that need packages of their own; None refuses
                 such models.
+            confinement: What executors are held to; None holds them to the least.
             profiles: How models are profiled; None does not, and uses what is known of them.
             on_event: Called on the loop with (kind, model key, message). Kinds: `loading`, `loaded`,
                 `profiled`, `unloaded`, `evicted`, `failed`, `quarantined`, `executor-started`,
@@ -127,10 +130,12 @@ class ModelManager:
             on_capped=self._on_capped,
         )
         num_threads = num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS))
+        self._confinement = confinement
         self._launcher = Launcher(
             num_threads=num_threads,
             use_forkserver=use_forkserver,
             environments=environments,
+            confinement=confinement,
             on_line=self._logs.add,
         )
         self._store = HostStore(budget_bytes=options.host_bytes, folder=options.folder)
@@ -271,6 +276,7 @@ class ModelManager:
             "num_queued": self._dispatcher.num_queued,
             "num_running": self._dispatcher.num_running,
             "num_executors": len(self._slots.pids()),
+            "confinement": self._confinement.describe() if self._confinement else {},
             "host_bytes": self._store.used_bytes,
             "models": [self._status_of(entry) for entry in self._entries.values()],
         }

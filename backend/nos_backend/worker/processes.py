@@ -17,11 +17,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from nos.errors import ExecutorLostError
 
 import nos_backend
+from nos_backend.worker.bounds import confined
+
+if TYPE_CHECKING:
+    from nos_backend.executor.confinement import Bounds
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,10 @@ class ProcessRequest:
     input_fd: int
     output_fd: int
     log_fd: int
+    bounds: Bounds
+    """What it is held to; of a fork server that is held to them already, nothing more."""
+    rules_fd: int | None = None
+    """Rules of landlock beside them."""
 
 
 class ForkServer:
@@ -85,8 +93,18 @@ class ForkServer:
         self._loop.add_reader(peer, self._receive)
 
     @classmethod
-    async def start(cls, python: str = sys.executable) -> ForkServer:
+    async def start(
+        cls,
+        python: str = sys.executable,
+        bounds: Bounds | None = None,
+        rules_fd: int | None = None,
+    ) -> ForkServer:
         """Start one and wait until it has imported torch.
+
+        Args:
+            python: The interpreter.
+            bounds: What it is held to, with its executors; None: nothing.
+            rules_fd: Rules of landlock beside them; closed here.
 
         Raises:
             ExecutorLostError: If it ends or does not get ready; executors can be spawned without it.
@@ -94,8 +112,16 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         command = [python, "-P", "-m", "nos_backend.executor.forkserver", str(theirs.fileno())]
+        fds: tuple[int, ...] = (theirs.fileno(),)
+        if bounds is not None:
+            command = confined(command, bounds, rules_fd)
+            fds += () if rules_fd is None else (rules_fd,)
         with theirs:
-            process = _Spawned(command, (theirs.fileno(),), None)
+            try:
+                process = _Spawned(command, fds, None, python)
+            finally:
+                if rules_fd is not None:
+                    os.close(rules_fd)
         self = cls(process, ours)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -146,8 +172,11 @@ class ForkServer:
             "name": request.name,
             "device": request.device,
             "num_threads": request.num_threads,
+            "bounds": request.bounds.write(),
         }
         fds = [request.socket_fd, request.input_fd, request.output_fd, request.log_fd]
+        if request.rules_fd is not None:
+            fds.append(request.rules_fd)
         try:
             socket.send_fds(self._peer, [json.dumps(message).encode()], fds)
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -233,7 +262,9 @@ class _Forked:
 class _Spawned:
     """A process that we started and reap."""
 
-    def __init__(self, command: list[str], fds: tuple[int, ...], output_fd: int | None) -> None:
+    def __init__(
+        self, command: list[str], fds: tuple[int, ...], output_fd: int | None, python: str
+    ) -> None:
         self._popen = (
             subprocess.Popen(  # blocks for milliseconds; a thread's child would die with it
                 command,
@@ -241,7 +272,7 @@ class _Spawned:
                 stdout=output_fd,
                 stderr=output_fd,
                 pass_fds=fds,
-                env=_scrubbed_environment(command[0]),
+                env=_scrubbed_environment(python),
                 process_group=0,
             )
         )
@@ -284,13 +315,15 @@ async def make_process(request: ProcessRequest, forkserver: ForkServer | None) -
         "--socket-fd": request.socket_fd,
         "--input-fd": request.input_fd,
         "--output-fd": request.output_fd,
-        "--parent-pid": os.getpid(),
     }
     arguments = [f"{option}={value}" for option, value in options.items()]
+    command = [request.python, "-P", "-m", "nos_backend.executor", *arguments]
+    fds = (request.socket_fd, request.input_fd, request.output_fd)
     return _Spawned(
-        [request.python, "-P", "-m", "nos_backend.executor", *arguments],
-        (request.socket_fd, request.input_fd, request.output_fd),
+        confined(command, request.bounds, request.rules_fd),
+        fds if request.rules_fd is None else (*fds, request.rules_fd),
         request.log_fd,
+        request.python,
     )
 
 

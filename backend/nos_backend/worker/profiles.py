@@ -294,7 +294,10 @@ class Profiles:
         executor = None
         try:
             executor = await self._launcher.start(
-                f"{entry.definition.owner}/profile", entry.slot.device, entry.slot.requirements
+                f"{entry.definition.owner}/profile",
+                entry.definition.owner,
+                entry.slot.device,
+                entry.slot.requirements,
             )
             await executor.bind(entry.definition, weights, skeleton, LOAD_TIMEOUT_S)
             sweep = _Sweep(executor, entry, self._quiet, self._room_bytes, budget_s)

@@ -72,7 +72,8 @@ class Slots:
             name = f"{name}+{name_of(definition.environment)[:_NAME_CHARACTERS]}"
         if device != self._device:
             name = f"{name}@{device}"
-        return self._slots.setdefault(name, Slot(name, device, tuple(definition.environment)))
+        requirements = tuple(definition.environment)
+        return self._slots.setdefault(name, Slot(name, definition.owner, device, requirements))
 
     def device_of(self, definition: ModelDefinition) -> str:
         """Return where a model runs.
@@ -110,7 +111,7 @@ class Slots:
         return slot.executor
 
     async def _start(self, slot: Slot) -> Executor:
-        return await self._launcher.start(slot.name, slot.device, slot.requirements)
+        return await self._launcher.start(slot.name, slot.owner, slot.device, slot.requirements)
 
     def attach(self, slot: Slot, executor: Executor) -> None:
         """Make an executor the slot's."""
