@@ -104,6 +104,8 @@ class Supervisor:
             stack.callback(self._clean)
             try:
                 self._prepare()
+            except NosError:  # one that says more than the OSError that it also is
+                raise
             except OSError as error:
                 raise _cannot_write(self._settings.state_dir, error) from error
             stack.callback(self._stop)

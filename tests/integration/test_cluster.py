@@ -82,8 +82,10 @@ class Cluster:
         )
         self._start("scheduler", command)
 
-    def start_worker(self, name: str, capacity_bytes: int | None = None) -> None:
-        settings = WorkerSettings(device="cpu", host="127.0.0.1", capacity_bytes=capacity_bytes)
+    def start_worker(
+        self, name: str, capacity_bytes: int | None = None, device: str = "cpu", **environ: str
+    ) -> None:
+        settings = WorkerSettings(device=device, host="127.0.0.1", capacity_bytes=capacity_bytes)
         command = worker_command(
             name=name,
             scheduler=self.address,
@@ -92,6 +94,7 @@ class Cluster:
             tls=self.tls,
             scratch=self.folder / "dask",
         )
+        command.environ.update(environ)
         self._start(name, command)
 
     def _start(self, name: str, command: Command) -> None:
@@ -360,6 +363,26 @@ async def test_a_stranger_is_refused(cluster, link, tmp_path):
     with pytest.raises(UnavailableError, match="no Dask scheduler with the NOS plane answers"):
         await stranger.connect(cluster.address, other.folder, timeout_s=0.5)
     assert await num_workers(link) == 2
+
+
+@pytest.mark.accept("E4")
+@pytest.mark.asyncio
+async def test_a_worker_whose_device_disappears_ends_and_is_back_with_it(cluster, link):
+    devices = cluster.folder / "devices"
+    devices.write_text("A100\n")
+    fakes = str(Path(__file__).parent.parent / "fakes" / "nvml")
+    environ = {"FAKE_NVML": str(devices), "PYTHONPATH": fakes}
+    cluster.start_worker("gpu", device="cuda:0", **environ)
+    await until(lambda: num_workers(link), 3)
+    devices.write_text("")
+    await until(lambda: num_workers(link), 2)
+    assert await asyncio.to_thread(cluster.processes["gpu"].wait, 60) is not None
+    cluster.start_worker("gpu", device="cuda:0", **environ)
+    assert await asyncio.to_thread(cluster.processes["gpu"].wait, 60) == 1
+    assert "no such device" in (cluster.folder / "gpu.log").read_text()
+    devices.write_text("A100\n")
+    cluster.start_worker("gpu", device="cuda:0", **environ)
+    await until(lambda: num_workers(link), 3)
 
 
 @pytest.mark.asyncio

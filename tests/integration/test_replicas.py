@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import nos
 import numpy as np
+import psutil
 import pytest
 
 from tests.servers import Server, start_server, wait_for
@@ -32,6 +34,19 @@ class Digest:
         return {"digest": hashlib.sha256(x.numpy().tobytes()).hexdigest(), "pid": os.getpid()}
 '''
 
+
+BUSY = """
+import hashlib
+import os
+
+
+class Busy:
+    def __call__(self) -> int:
+        digest = hashlib.sha256()
+        for _ in range(24):
+            digest.update(bytes(1 << 20))
+        return os.getpid()
+"""
 
 SLOW = """
 import time
@@ -128,6 +143,57 @@ def test_calls_go_to_all_replicas_and_each_gets_its_own_answer(client, accept):
         traffic.more(5000 if accept.strict else 300)
     assert traffic.errors == []
     assert traffic.num_answered == traffic.num_sent
+
+
+@pytest.fixture
+def four_workers(server: Server) -> Iterator[nos.Client]:
+    with nos.connect(server.address, token_file=str(server.token_file)) as client:
+        client.scale_workers(4)
+        wait_for(lambda: len(client.status().workers) == 4, "four workers")
+        yield client
+        for name in ("digest", "busy"):
+            client.unregister(name)
+        client.scale_workers(NUM_WORKERS)
+        wait_for(lambda: len(client.status().workers) == NUM_WORKERS, "as many as before")
+
+
+@pytest.mark.accept("E1")
+@pytest.mark.long
+def test_two_and_four_replicas_and_thirty_two_threads(four_workers, accept):
+    four_workers.register(DIGEST, name="digest")
+    four_workers.register(BUSY, name="busy")
+    for count in (2, 4):
+        four_workers.scale("digest", replicas=count)
+        serving(four_workers, count)
+        with Traffic(four_workers.model("digest"), num_threads=32) as traffic:
+            wait_for(lambda t=traffic, n=count: len(t.pids) == n or t.errors, "all answer")
+            traffic.more(5000 if accept.strict else 300)
+        assert traffic.errors == []
+        assert traffic.num_answered == traffic.num_sent
+    rates = {count: busy_calls_per_s(four_workers, count) for count in (1, 2)}
+    if len(os.sched_getaffinity(0)) > 1:
+        accept.figure(rates[2] / rates[1], 1.7, "times the calls of one replica", at_least=True)
+
+
+def busy_calls_per_s(client: nos.Client, count: int) -> float:
+    """Return the rate of a model that computes, each of its replicas on a core of its own."""
+    client.scale("busy", replicas=count)
+    serving(client, count, "busy")
+    names = [replica.worker for replica in client.info("busy").replicas]
+    pids = {worker.name: worker.pid for worker in client.status().workers}
+    cores = sorted(os.sched_getaffinity(0))
+    for number, name in enumerate(names):
+        root = psutil.Process(pids[name])
+        for process in (root, *root.children(recursive=True)):
+            process.cpu_affinity([cores[number % len(cores)]])
+    model, seen = client.model("busy"), set()
+    wait_for(lambda: len(seen.add(model()) or seen) == count, "all answer")
+    with ThreadPoolExecutor(4 * count) as pool:
+        start_s = time.perf_counter()
+        answered = list(pool.map(lambda _: model(), range(60 * count)))
+        took_s = time.perf_counter() - start_s
+    assert len(set(answered)) == count
+    return len(answered) / took_s
 
 
 @pytest.mark.accept("E2", "E9")

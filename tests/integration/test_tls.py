@@ -119,6 +119,21 @@ def test_half_a_certificate_does_not_start(tmp_path: Path) -> None:
     assert "both --tls-cert and --tls-key" in found.stderr
 
 
+@pytest.mark.accept("E6")
+def test_a_scheduler_that_is_not_there_is_one_sentence_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    certs = TlsFiles.create_for_cluster(tmp_path / "certs")["client"].folder
+    command = [sys.executable, "-m", "nos_backend", "serve", "--state-dir", str(tmp_path / "state")]
+    flags = ["--scheduler", "tls://127.0.0.1:1", "--tls-dir", str(certs), "--device", "none"]
+    found = subprocess.run(
+        [*command, "--port", "0", *flags], capture_output=True, text=True, check=False
+    )
+    assert found.returncode != 0
+    assert "no scheduler listens on tls://127.0.0.1:1: connection refused" in found.stderr
+    assert not (tmp_path / "state" / "backend.json").exists()
+
+
 @pytest.mark.accept("G6")
 def test_another_host_needs_only_that_line_and_the_token(public: Server, tmp_path: Path) -> None:
     token = tmp_path / "token"

@@ -48,6 +48,8 @@ _TOPIC: Final = "nos"
 #: wait behind Dask's threads (p50 of 6 ms instead of 1.3 ms was measured).
 _SWITCH_INTERVAL_S: Final = 0.0005
 _DRAIN_S: Final = 8.0
+#: How often a device is looked for: one that fell off its bus answers no call, and NVML lists it no more.
+_DEVICE_CHECK_S: Final = 2.0
 #: Of a CUDA device's memory; the rest is for contexts and activations, until those are measured.
 _USABLE_SHARE: Final = 0.85
 
@@ -85,6 +87,8 @@ class HostPlugin(WorkerPlugin):
         #: The manager's last status; replaced whole, so that any thread may read it.
         self._status: dict[str, Any] = {}
         self._is_refreshing = False
+        #: Ends the worker when its device is gone; None for the processor, which cannot go.
+        self._device_watch: asyncio.Task[None] | None = None
 
     async def setup(self, worker: Worker) -> None:
         """Start the data plane and add the handlers that the scheduler calls."""
@@ -117,6 +121,8 @@ class HostPlugin(WorkerPlugin):
             "installs": bool(self._settings.environments_dir),
             "capacity_bytes": self._status.get("capacity_bytes") or device.memory_bytes,
         }
+        if device.name != "cpu":
+            self._device_watch = asyncio.create_task(self._watch_device(), name="watch device")
         worker.startup_information["nos"] = lambda _: information
         worker.metrics["nos"] = self._measure
         worker.handlers["nos_keys"] = self.set_keys
@@ -131,6 +137,8 @@ class HostPlugin(WorkerPlugin):
 
     async def teardown(self, worker: Worker) -> None:
         """Finish what is in flight, then stop the data plane and the executors."""
+        if self._device_watch is not None and self._device_watch is not asyncio.current_task():
+            self._device_watch.cancel()
         await asyncio.to_thread(self._plane.stop, _DRAIN_S)
 
     def announce(self) -> None:
@@ -283,6 +291,16 @@ class HostPlugin(WorkerPlugin):
             probes=Probes(device_room_bytes=partial(free_bytes, self._device.name, os.environ)),
         )
         return self._manager
+
+    async def _watch_device(self) -> None:
+        while True:
+            await asyncio.sleep(_DEVICE_CHECK_S)
+            try:
+                await asyncio.to_thread(describe_device, self._device.name, os.environ)
+            except ConfigError:
+                _logger.error("%s is gone", self._device.name)  # noqa: TRY400 - a sentence, not a traceback
+                await self._worker.close(reason="nos-device-gone")
+                return
 
     def _verify(self, raw: bytes) -> access_pb2.Ticket:
         if self._verifier is None:
