@@ -421,6 +421,31 @@ def to_status(
         source=source,
         routes=routes,
         notices=tuple(message.notices),
+        models=tuple(
+            types.ModelReplicas(
+                model=it.model, num_serving=it.num_serving, scaling=_to_scaling(it.scaling)
+            )
+            for it in message.models
+        ),
+        tenants=tuple(
+            types.TenantUsage(
+                tenant=it.tenant,
+                device_s=it.device_s,
+                device_bytes=it.device_bytes,
+                num_streams=it.num_streams,
+            )
+            for it in message.tenants
+        ),
+        events=tuple(
+            types.Event(
+                time_s=it.time_s,
+                kind=it.kind,
+                model=it.model,
+                worker=it.worker,
+                message=it.message,
+            )
+            for it in message.events
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -248,6 +249,8 @@ class ModelSpec(_Table):
         return ("method", ""), rows, title
 
 
+#: Of the last events, in a table.
+_EVENTS_SHOWN = 5
 #: Of a model's moves, in a table.
 _MOVES_SHOWN = 5
 
@@ -534,6 +537,30 @@ class Memory(_Table):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelReplicas:
+    """How many replicas a model has, and should have."""
+
+    model: str
+    """The version, as `name@v3`."""
+    num_serving: int
+    scaling: Scaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantUsage:
+    """What one tenant uses."""
+
+    tenant: str
+    """`(others)` are all whose names are not told."""
+    device_s: float = 0.0
+    """Seconds of devices, since each model was loaded."""
+    device_bytes: int = 0
+    """Bytes of the weights, on devices, of models that it owns."""
+    num_streams: int = 0
+    """Streams that it has open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status(_Table):
     """The server as it stood when asked, and this client's way to it."""
 
@@ -553,6 +580,12 @@ class Status(_Table):
     """For each open stream of this client, `name@v3`: which way it goes."""
     notices: tuple[str, ...] = ()
     """What an admin has to know, one sentence each."""
+    models: tuple[ModelReplicas, ...] = ()
+    """The models that were asked of the workers: how many replicas there are, should be, and why."""
+    tenants: tuple[TenantUsage, ...] = ()
+    """Who uses what, the most device-seconds first; only admins see the names of others."""
+    events: tuple[Event, ...] = ()
+    """The last things that happened, the oldest first."""
 
     @property
     def memory(self) -> Memory:
@@ -595,7 +628,17 @@ class Status(_Table):
             rows += [("models run as", tier)] if tier else []
         if self.dashboard_url:
             rows.append(("dashboard", self.dashboard_url))
-        rows += [(key, way) for key, way in self.routes.items()]
+        rows += [(it.model, f"{it.num_serving} serving, {it.scaling}") for it in self.models]
+        rows += [
+            (
+                f"tenant {it.tenant}",
+                f"{it.device_s:.3g} s of devices, {it.num_streams} streams, "
+                + f"{_tables.format_bytes(it.device_bytes)} of its models",
+            )
+            for it in self.tenants
+        ]
+        rows += [(f"way to {key}", way) for key, way in self.routes.items()]
+        rows += [("event", str(event)) for event in self.events[-_EVENTS_SHOWN:]]
         rows += [("notice", notice) for notice in self.notices]
         return (), rows, ""
 
@@ -613,6 +656,14 @@ class Event:
     message: str = ""
     status: Status | None = None
     """Set for `status`."""
+
+    def __str__(self) -> str:
+        """Return it as a line."""
+        when = time.strftime("%H:%M:%S", time.localtime(self.time_s))
+        where = " ".join(filter(None, (self.model, self.worker)))
+        return f"{when} {self.kind} {where}".rstrip() + (
+            f": {self.message}" if self.message else ""
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from nos import errors
 from nos.cli import app
 from typer.testing import CliRunner
 
-from tests.servers import Server
+from tests.servers import Server, wait_for
 
 
 def rows(number: int) -> np.ndarray:
@@ -93,3 +93,30 @@ def test_the_command_line_shows_stats(server: Server, client: nos.Client) -> Non
     every = CliRunner().invoke(app, place, env=environment)
     assert every.exit_code == 0
     assert "nos/echo@v1" in every.stdout
+
+
+def test_the_status_says_what_there_should_be_and_why_and_who_uses_what(
+    client: nos.Client,
+) -> None:
+    model = client.model("fake/batch")
+    client.scale("fake/batch", replicas=1)
+    with model.stream() as stream:
+        stream.send(np.ones((1, 4), np.float32))
+        next(stream)
+
+        def found() -> nos.Status | None:
+            status = client.status()
+            mine = {it.tenant: it for it in status.tenants}.get("local")
+            return status if mine and mine.num_streams and mine.device_s > 0.01 else None
+
+        status = wait_for(found, "the worker has told")
+    [placed] = [it for it in status.models if it.model == model.spec.key]
+    assert (placed.num_serving, placed.scaling.target_replicas) == (1, 1)
+    assert placed.scaling.reason
+    kinds = {(event.kind, event.model) for event in status.events}
+    assert ("scaled", model.spec.key) in kinds
+    shown = str(status)
+    assert f"{model.spec.key}" in shown
+    assert "1 serving, 1 wanted" in shown
+    assert "tenant local" in shown
+    assert json.loads(json.dumps(status.to_dict()))["tenants"][0]["device_s"] > 0

@@ -336,7 +336,11 @@ class HostPlugin(WorkerPlugin):
         await asyncio.wrap_future(self._plane.submit_coroutine(self._take_status))
 
     async def _take_status(self) -> None:
-        self._status = {**self._manager.status(), "num_streams": self._plane.num_streams}
+        self._status = {
+            **self._manager.status(),
+            "num_streams": self._plane.num_streams,
+            "streams": self._plane.streams_by_tenant,
+        }
 
 
 def _tls_of(worker: Worker) -> tuple[bytes, bytes] | None:

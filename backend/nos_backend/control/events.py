@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _MAX_WAITING: Final = 1000
+#: Told to whoever asks how the server stands.
+_MAX_RECENT: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +35,12 @@ class Events:
     def __init__(self) -> None:
         self._watchers: set[Watcher] = set()
         self._ended: NosError | None = None
+        #: The last events, the oldest first.
+        self.recent: collections.deque[Event] = collections.deque(maxlen=_MAX_RECENT)
 
     def tell(self, event: Event) -> None:
         """Hand on an event; never waits."""
+        self.recent.append(event)
         for watcher in self._watchers:
             watcher.put(event)
 

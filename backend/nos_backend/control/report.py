@@ -93,6 +93,18 @@ def workers(state: State) -> list[cluster_pb2.Worker]:
     return [_worker(worker) for worker in sorted(state["workers"], key=lambda item: item["name"])]
 
 
+def replicas(state: State) -> list[cluster_pb2.ModelReplicas]:
+    """Describe how many replicas models have and should have, in order of their keys."""
+    return [
+        cluster_pb2.ModelReplicas(
+            model=key,
+            num_serving=sum(phase == "serving" for phase in placed["replicas"].values()),
+            scaling=_scaling(placed),
+        )
+        for key, placed in sorted(state["models"].items())
+    ]
+
+
 def _worker(worker: dict[str, Any]) -> cluster_pb2.Worker:
     now = worker["status"]
     described = cluster_pb2.Worker(

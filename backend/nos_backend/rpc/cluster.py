@@ -6,9 +6,9 @@ import time
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
-from nos.wire.v1 import cluster_pb2, cluster_pb2_grpc
+from nos.wire.v1 import access_pb2, cluster_pb2, cluster_pb2_grpc
 
-from nos_backend.control import report
+from nos_backend.control import report, usage
 from nos_backend.rpc.guard import caller
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nos_backend.control.catalogue import Catalogue
     from nos_backend.control.cluster import Cluster, StateCache
     from nos_backend.control.crew import Recruiter
-    from nos_backend.control.events import Events
+    from nos_backend.control.events import Event, Events
     from nos_backend.control.resolver import Resolver
     from nos_backend.rpc.guard import Context
 
@@ -77,13 +77,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
                     next_s = max(next_s + interval_s, time.monotonic())
                 timeout_s = None if interval_s is None else next_s - time.monotonic()
                 for event in await watcher.take(timeout_s):
-                    yield cluster_pb2.WatchEventsResponse(
-                        time_s=event.time_s,
-                        kind=event.kind,
-                        model=event.model,
-                        worker=event.worker,
-                        message=event.message,
-                    )
+                    yield _told(event)
 
     async def GetMemoryHistory(
         self, request: cluster_pb2.GetMemoryHistoryRequest, context: Context
@@ -129,7 +123,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         return cluster_pb2.ScaleWorkersResponse(workers=names)
 
     async def _status(self) -> cluster_pb2.GetStatusResponse:
-        workers = report.workers(await self._states.read())
+        found = await self._states.read()
+        workers = report.workers(found)
+        tenant = None if caller().role == access_pb2.ROLE_ADMIN else caller().tenant
         state = "ready" if workers else "starting"
         return cluster_pb2.GetStatusResponse(
             version=_VERSION,
@@ -140,4 +136,17 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             scheduler_address=self._cluster.address,
             state="draining" if self.is_draining else state,
             notices=self._notices,
+            models=report.replicas(found),
+            tenants=usage.tenants(found, tenant),
+            events=map(_told, self._events.recent),
         )
+
+
+def _told(event: Event) -> cluster_pb2.WatchEventsResponse:
+    return cluster_pb2.WatchEventsResponse(
+        time_s=event.time_s,
+        kind=event.kind,
+        model=event.model,
+        worker=event.worker,
+        message=event.message,
+    )

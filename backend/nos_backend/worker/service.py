@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import Counter
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -142,6 +143,11 @@ class DataPlane:
     def num_streams(self) -> int:
         """Streams open at the moment; any thread may ask."""
         return len(self._streams)
+
+    @property
+    def streams_by_tenant(self) -> dict[str, int]:
+        """Streams open at the moment, by whom they run for. On the data plane's loop."""
+        return dict(Counter(stream.tenant for stream in self._streams))
 
     async def load(self, definition: ModelDefinition) -> None:
         """Have the manager load a model, after an unloading of it that is under way."""

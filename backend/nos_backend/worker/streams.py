@@ -167,6 +167,11 @@ class Stream:
         return self._model
 
     @property
+    def tenant(self) -> str:
+        """For whom it runs."""
+        return str(self._access.ticket.tenant)
+
+    @property
     def token_id(self) -> str:
         """The token that its ticket came from."""
         return self._access.ticket.token_id

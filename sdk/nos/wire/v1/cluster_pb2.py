@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from nos.wire.v1 import models_pb2 as nos_dot_v1_dot_models__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14nos/v1/cluster.proto\x12\x06nos.v1\x1a\x13nos/v1/models.proto\"U\n\x0bModelMemory\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x12\n\nhost_bytes\x18\x04 \x01(\x04\"x\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07product\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12#\n\x06models\x18\x05 \x03(\x0b\x32\x13.nos.v1.ModelMemory\":\n\x0b\x43onfinement\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0e\n\x06\x63overs\x18\x02 \x03(\t\x12\r\n\x05lacks\x18\x03 \x01(\t\"\xf6\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x1e\n\x06\x64\x65vice\x18\x04 \x01(\x0b\x32\x0e.nos.v1.Device\x12\x12\n\nnum_queued\x18\x05 \x01(\r\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_streams\x18\x07 \x01(\r\x12\x15\n\rnum_executors\x18\x08 \x01(\r\x12\x13\n\x0bis_retiring\x18\t \x01(\x08\x12\x0c\n\x04note\x18\n \x01(\t\x12(\n\x0b\x63onfinement\x18\x0b \x01(\x0b\x32\x13.nos.v1.Confinement\"\x12\n\x10GetStatusRequest\"\xbd\x01\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x1f\n\x07workers\x18\x03 \x03(\x0b\x32\x0e.nos.v1.Worker\x12\x12\n\nnum_models\x18\x04 \x01(\r\x12\x15\n\rdashboard_url\x18\x05 \x01(\t\x12\x19\n\x11scheduler_address\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\x12\x0f\n\x07notices\x18\x08 \x03(\t\"/\n\x12WatchEventsRequest\x12\x19\n\x11status_interval_s\x18\x01 \x01(\x01\"\x8e\x01\n\x13WatchEventsResponse\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12)\n\x06status\x18\x06 \x01(\x0b\x32\x19.nos.v1.GetStatusResponse\"\x1f\n\x0eResolveRequest\x12\r\n\x05model\x18\x01 \x01(\t\"|\n\x08\x45ndpoint\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bunix_socket\x18\x03 \x01(\t\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12\x13\n\x0bnum_pending\x18\x05 \x01(\r\x12\x14\n\x0cis_encrypted\x18\x06 \x01(\x08\"\xa8\x01\n\x0fResolveResponse\x12#\n\tendpoints\x18\x01 \x03(\x0b\x32\x10.nos.v1.Endpoint\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x14\n\x0cticket_ttl_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x63\x61_certificate\x18\x04 \x01(\x0c\x12\x1f\n\x04spec\x18\x05 \x01(\x0b\x32\x11.nos.v1.ModelSpec\x12\x11\n\trefresh_s\x18\x06 \x01(\x01\"\xb3\x01\n\x0cMemorySample\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x30\n\x06models\x18\x05 \x03(\x0b\x32 .nos.v1.MemorySample.ModelsEntry\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x19\n\x17GetMemoryHistoryRequest\"A\n\x18GetMemoryHistoryResponse\x12%\n\x07samples\x18\x01 \x03(\x0b\x32\x14.nos.v1.MemorySample\"?\n\x13ScaleWorkersRequest\x12\x13\n\x0bmin_workers\x18\x01 \x01(\r\x12\x13\n\x0bmax_workers\x18\x02 \x01(\r\"\'\n\x14ScaleWorkersResponse\x12\x0f\n\x07workers\x18\x01 \x03(\t2\xfa\x02\n\x0e\x43lusterService\x12@\n\tGetStatus\x12\x18.nos.v1.GetStatusRequest\x1a\x19.nos.v1.GetStatusResponse\x12H\n\x0bWatchEvents\x12\x1a.nos.v1.WatchEventsRequest\x1a\x1b.nos.v1.WatchEventsResponse0\x01\x12U\n\x10GetMemoryHistory\x12\x1f.nos.v1.GetMemoryHistoryRequest\x1a .nos.v1.GetMemoryHistoryResponse\x12:\n\x07Resolve\x12\x16.nos.v1.ResolveRequest\x1a\x17.nos.v1.ResolveResponse\x12I\n\x0cScaleWorkers\x12\x1b.nos.v1.ScaleWorkersRequest\x1a\x1c.nos.v1.ScaleWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14nos/v1/cluster.proto\x12\x06nos.v1\x1a\x13nos/v1/models.proto\"U\n\x0bModelMemory\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x12\n\nhost_bytes\x18\x04 \x01(\x04\"x\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07product\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12#\n\x06models\x18\x05 \x03(\x0b\x32\x13.nos.v1.ModelMemory\":\n\x0b\x43onfinement\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0e\n\x06\x63overs\x18\x02 \x03(\t\x12\r\n\x05lacks\x18\x03 \x01(\t\"\xf6\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x1e\n\x06\x64\x65vice\x18\x04 \x01(\x0b\x32\x0e.nos.v1.Device\x12\x12\n\nnum_queued\x18\x05 \x01(\r\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_streams\x18\x07 \x01(\r\x12\x15\n\rnum_executors\x18\x08 \x01(\r\x12\x13\n\x0bis_retiring\x18\t \x01(\x08\x12\x0c\n\x04note\x18\n \x01(\t\x12(\n\x0b\x63onfinement\x18\x0b \x01(\x0b\x32\x13.nos.v1.Confinement\"\x12\n\x10GetStatusRequest\"\xb7\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x1f\n\x07workers\x18\x03 \x03(\x0b\x32\x0e.nos.v1.Worker\x12\x12\n\nnum_models\x18\x04 \x01(\r\x12\x15\n\rdashboard_url\x18\x05 \x01(\t\x12\x19\n\x11scheduler_address\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\x12\x0f\n\x07notices\x18\x08 \x03(\t\x12%\n\x06models\x18\t \x03(\x0b\x32\x15.nos.v1.ModelReplicas\x12$\n\x07tenants\x18\n \x03(\x0b\x32\x13.nos.v1.TenantUsage\x12+\n\x06\x65vents\x18\x0b \x03(\x0b\x32\x1b.nos.v1.WatchEventsResponse\"U\n\rModelReplicas\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bnum_serving\x18\x02 \x01(\r\x12 \n\x07scaling\x18\x03 \x01(\x0b\x32\x0f.nos.v1.Scaling\"Z\n\x0bTenantUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65vice_s\x18\x02 \x01(\x01\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bnum_streams\x18\x04 \x01(\r\"/\n\x12WatchEventsRequest\x12\x19\n\x11status_interval_s\x18\x01 \x01(\x01\"\x8e\x01\n\x13WatchEventsResponse\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12)\n\x06status\x18\x06 \x01(\x0b\x32\x19.nos.v1.GetStatusResponse\"\x1f\n\x0eResolveRequest\x12\r\n\x05model\x18\x01 \x01(\t\"|\n\x08\x45ndpoint\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bunix_socket\x18\x03 \x01(\t\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12\x13\n\x0bnum_pending\x18\x05 \x01(\r\x12\x14\n\x0cis_encrypted\x18\x06 \x01(\x08\"\xa8\x01\n\x0fResolveResponse\x12#\n\tendpoints\x18\x01 \x03(\x0b\x32\x10.nos.v1.Endpoint\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x14\n\x0cticket_ttl_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x63\x61_certificate\x18\x04 \x01(\x0c\x12\x1f\n\x04spec\x18\x05 \x01(\x0b\x32\x11.nos.v1.ModelSpec\x12\x11\n\trefresh_s\x18\x06 \x01(\x01\"\xb3\x01\n\x0cMemorySample\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x30\n\x06models\x18\x05 \x03(\x0b\x32 .nos.v1.MemorySample.ModelsEntry\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x19\n\x17GetMemoryHistoryRequest\"A\n\x18GetMemoryHistoryResponse\x12%\n\x07samples\x18\x01 \x03(\x0b\x32\x14.nos.v1.MemorySample\"?\n\x13ScaleWorkersRequest\x12\x13\n\x0bmin_workers\x18\x01 \x01(\r\x12\x13\n\x0bmax_workers\x18\x02 \x01(\r\"\'\n\x14ScaleWorkersResponse\x12\x0f\n\x07workers\x18\x01 \x03(\t2\xfa\x02\n\x0e\x43lusterService\x12@\n\tGetStatus\x12\x18.nos.v1.GetStatusRequest\x1a\x19.nos.v1.GetStatusResponse\x12H\n\x0bWatchEvents\x12\x1a.nos.v1.WatchEventsRequest\x1a\x1b.nos.v1.WatchEventsResponse0\x01\x12U\n\x10GetMemoryHistory\x12\x1f.nos.v1.GetMemoryHistoryRequest\x1a .nos.v1.GetMemoryHistoryResponse\x12:\n\x07Resolve\x12\x16.nos.v1.ResolveRequest\x1a\x17.nos.v1.ResolveResponse\x12I\n\x0cScaleWorkers\x12\x1b.nos.v1.ScaleWorkersRequest\x1a\x1c.nos.v1.ScaleWorkersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,29 +45,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=571
   _globals['_GETSTATUSREQUEST']._serialized_end=589
   _globals['_GETSTATUSRESPONSE']._serialized_start=592
-  _globals['_GETSTATUSRESPONSE']._serialized_end=781
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=783
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=830
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=833
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=975
-  _globals['_RESOLVEREQUEST']._serialized_start=977
-  _globals['_RESOLVEREQUEST']._serialized_end=1008
-  _globals['_ENDPOINT']._serialized_start=1010
-  _globals['_ENDPOINT']._serialized_end=1134
-  _globals['_RESOLVERESPONSE']._serialized_start=1137
-  _globals['_RESOLVERESPONSE']._serialized_end=1305
-  _globals['_MEMORYSAMPLE']._serialized_start=1308
-  _globals['_MEMORYSAMPLE']._serialized_end=1487
-  _globals['_MEMORYSAMPLE_MODELSENTRY']._serialized_start=1442
-  _globals['_MEMORYSAMPLE_MODELSENTRY']._serialized_end=1487
-  _globals['_GETMEMORYHISTORYREQUEST']._serialized_start=1489
-  _globals['_GETMEMORYHISTORYREQUEST']._serialized_end=1514
-  _globals['_GETMEMORYHISTORYRESPONSE']._serialized_start=1516
-  _globals['_GETMEMORYHISTORYRESPONSE']._serialized_end=1581
-  _globals['_SCALEWORKERSREQUEST']._serialized_start=1583
-  _globals['_SCALEWORKERSREQUEST']._serialized_end=1646
-  _globals['_SCALEWORKERSRESPONSE']._serialized_start=1648
-  _globals['_SCALEWORKERSRESPONSE']._serialized_end=1687
-  _globals['_CLUSTERSERVICE']._serialized_start=1690
-  _globals['_CLUSTERSERVICE']._serialized_end=2068
+  _globals['_GETSTATUSRESPONSE']._serialized_end=903
+  _globals['_MODELREPLICAS']._serialized_start=905
+  _globals['_MODELREPLICAS']._serialized_end=990
+  _globals['_TENANTUSAGE']._serialized_start=992
+  _globals['_TENANTUSAGE']._serialized_end=1082
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1084
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1131
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1134
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1276
+  _globals['_RESOLVEREQUEST']._serialized_start=1278
+  _globals['_RESOLVEREQUEST']._serialized_end=1309
+  _globals['_ENDPOINT']._serialized_start=1311
+  _globals['_ENDPOINT']._serialized_end=1435
+  _globals['_RESOLVERESPONSE']._serialized_start=1438
+  _globals['_RESOLVERESPONSE']._serialized_end=1606
+  _globals['_MEMORYSAMPLE']._serialized_start=1609
+  _globals['_MEMORYSAMPLE']._serialized_end=1788
+  _globals['_MEMORYSAMPLE_MODELSENTRY']._serialized_start=1743
+  _globals['_MEMORYSAMPLE_MODELSENTRY']._serialized_end=1788
+  _globals['_GETMEMORYHISTORYREQUEST']._serialized_start=1790
+  _globals['_GETMEMORYHISTORYREQUEST']._serialized_end=1815
+  _globals['_GETMEMORYHISTORYRESPONSE']._serialized_start=1817
+  _globals['_GETMEMORYHISTORYRESPONSE']._serialized_end=1882
+  _globals['_SCALEWORKERSREQUEST']._serialized_start=1884
+  _globals['_SCALEWORKERSREQUEST']._serialized_end=1947
+  _globals['_SCALEWORKERSRESPONSE']._serialized_start=1949
+  _globals['_SCALEWORKERSRESPONSE']._serialized_end=1988
+  _globals['_CLUSTERSERVICE']._serialized_start=1991
+  _globals['_CLUSTERSERVICE']._serialized_end=2369
 # @@protoc_insertion_point(module_scope)

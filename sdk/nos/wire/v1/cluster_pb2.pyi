@@ -222,6 +222,9 @@ class GetStatusResponse(_message.Message):
     SCHEDULER_ADDRESS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     NOTICES_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the server program."""
     uptime_s: _builtins.float
@@ -242,6 +245,18 @@ class GetStatusResponse(_message.Message):
     def notices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What an admin has to know, one sentence each: for instance that a damaged file was put aside."""
 
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelReplicas]:
+        """The models that were asked of the workers, in order of their keys."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantUsage]:
+        """Who uses what, the most device-seconds first; only admins see the names of others."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchEventsResponse]:
+        """The last things that happened, the oldest first; without `status`."""
+
     def __init__(
         self,
         *,
@@ -253,14 +268,83 @@ class GetStatusResponse(_message.Message):
         scheduler_address: _builtins.str = ...,
         state: _builtins.str = ...,
         notices: _abc.Iterable[_builtins.str] | None = ...,
+        models: _abc.Iterable[Global___ModelReplicas] | None = ...,
+        tenants: _abc.Iterable[Global___TenantUsage] | None = ...,
+        events: _abc.Iterable[Global___WatchEventsResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_url", b"dashboard_url", "notices", b"notices", "num_models", b"num_models", "scheduler_address", b"scheduler_address", "state", b"state", "uptime_s", b"uptime_s", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_url", b"dashboard_url", "events", b"events", "models", b"models", "notices", b"notices", "num_models", b"num_models", "scheduler_address", b"scheduler_address", "state", b"state", "tenants", b"tenants", "uptime_s", b"uptime_s", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ModelReplicas(_message.Message):
+    """How many replicas a model has, and should have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    NUM_SERVING_FIELD_NUMBER: _builtins.int
+    SCALING_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The version, as `name@v3`."""
+    num_serving: _builtins.int
+    """How many answer."""
+    @_builtins.property
+    def scaling(self) -> _models_pb2.Scaling:
+        """How many there should be, and why."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        num_serving: _builtins.int = ...,
+        scaling: _models_pb2.Scaling | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scaling", b"scaling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_serving", b"num_serving", "scaling", b"scaling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelReplicas: _TypeAlias = ModelReplicas  # noqa: Y015
+
+@_typing.final
+class TenantUsage(_message.Message):
+    """What one tenant uses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    DEVICE_S_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_STREAMS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whom it acts for; `(others)` are all whose names are not told."""
+    device_s: _builtins.float
+    """Seconds of devices, since each model was loaded."""
+    device_bytes: _builtins.int
+    """Bytes of the weights, on devices, of models that it owns."""
+    num_streams: _builtins.int
+    """Streams that it has open."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        device_s: _builtins.float = ...,
+        device_bytes: _builtins.int = ...,
+        num_streams: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_bytes", b"device_bytes", "device_s", b"device_s", "num_streams", b"num_streams", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantUsage: _TypeAlias = TenantUsage  # noqa: Y015
 
 @_typing.final
 class WatchEventsRequest(_message.Message):
