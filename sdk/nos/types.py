@@ -559,6 +559,11 @@ class TenantUsage:
     num_streams: int = 0
     """Streams that it has open."""
 
+    def __str__(self) -> str:
+        """Return it as a line."""
+        held = _tables.format_bytes(self.device_bytes)
+        return f"{self.device_s:.3g} s of devices, {self.num_streams} streams, {held} of its models"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status(_Table):
@@ -629,14 +634,7 @@ class Status(_Table):
         if self.dashboard_url:
             rows.append(("dashboard", self.dashboard_url))
         rows += [(it.model, f"{it.num_serving} serving, {it.scaling}") for it in self.models]
-        rows += [
-            (
-                f"tenant {it.tenant}",
-                f"{it.device_s:.3g} s of devices, {it.num_streams} streams, "
-                + f"{_tables.format_bytes(it.device_bytes)} of its models",
-            )
-            for it in self.tenants
-        ]
+        rows += [(f"tenant {it.tenant}", str(it)) for it in self.tenants]
         rows += [(f"way to {key}", way) for key, way in self.routes.items()]
         rows += [("event", str(event)) for event in self.events[-_EVENTS_SHOWN:]]
         rows += [("notice", notice) for notice in self.notices]
