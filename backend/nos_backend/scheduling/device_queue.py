@@ -145,6 +145,8 @@ class DeviceQueue:
         self._suspects = Suspects()
         #: Batches that ended their executor and whose requests do not, for the next ones to be smaller.
         self._unexplained: list[Incident] = []
+        #: What runs, by executor.
+        self._busy: dict[str, _Running] = {}
         #: Requests that were started and have had no `End` yet: which executor runs them.
         self._running: dict[int, str] = {}
         #: (deadline, request); stale entries are skipped.
@@ -163,7 +165,7 @@ class DeviceQueue:
     @property
     def num_running(self) -> int:
         """Batches that run; never above `max_concurrent_batches`."""
-        return sum(executor.running is not None for executor in self._executors.values())
+        return len(self._busy)
 
     def num_pending(self, model: str) -> int:
         """Requests of a model that wait or run."""
@@ -184,7 +186,7 @@ class DeviceQueue:
         while self._deadlines and not self.is_live(self._deadlines[0][1]):
             heapq.heappop(self._deadlines)
         times = [self._deadlines[0][0]] if self._deadlines else []
-        times += [running.kill_s for running in self._busy() if running.kill_s is not None]
+        times += [item.kill_s for item in self._busy.values() if item.kill_s is not None]
         if self._gathered_s is not None:
             times.append(self._gathered_s)
         return min(times, default=None)
@@ -464,7 +466,7 @@ class DeviceQueue:
 
     def _free_s(self, model: Model, now_s: float) -> float:
         """Return when a model's executor and a grant are expected to be free."""
-        ends = [max(now_s, item.started_s + item.charged_s) for item in self._busy()]
+        ends = [max(now_s, item.started_s + item.charged_s) for item in self._busy.values()]
         free_s = min(ends) if len(ends) >= self.max_concurrent_batches else now_s
         executor = self._executors.get(model.executor)
         running = executor.running if executor else None
@@ -476,11 +478,12 @@ class DeviceQueue:
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, request_id = heapq.heappop(self._deadlines)
             actions += self._end_early(request_id, self._too_late(request_id))
-        for running in self._busy():
+        for running in self._busy.values():
             if running.kill_s is not None and running.kill_s <= now_s:
                 actions += self._time_out(running)
         self._gathered_s = None
-        while self.num_running < self.max_concurrent_batches:
+        most = min(self.max_concurrent_batches, len(self._executors))
+        while self._lanes and len(self._busy) < most:
             lane = self._next_lane(now_s)
             if lane is None:
                 break
@@ -574,7 +577,7 @@ class DeviceQueue:
             gather_s=gather_s,
             is_suspect=head.id in self._suspects,
         )
-        self._executors[model.executor].running = _Running(
+        running = self._busy[model.executor] = _Running(
             batch=batch,
             model=model,
             started_s=now_s,
@@ -583,6 +586,7 @@ class DeviceQueue:
             charged_s=charged_s,
             payers=payers,
         )
+        self._executors[model.executor].running = running
         return Start(batch)
 
     def _limits(self, model: Model, *, is_bulk: bool) -> BatchLimits:
@@ -642,9 +646,6 @@ class DeviceQueue:
 
     # Bookkeeping.
 
-    def _busy(self) -> list[_Running]:
-        return [item.running for item in self._executors.values() if item.running]
-
     def _leave(self, request: Request) -> Lane:
         """A request waits no more; return its lane."""
         lane = self._lanes.leave(request)
@@ -659,6 +660,7 @@ class DeviceQueue:
         if running is None:
             return []
         found.running = None
+        del self._busy[executor]
         running.model.num_running -= len(running.batch.requests)
         live = sorted(running.live)
         for item in live:

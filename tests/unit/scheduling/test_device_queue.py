@@ -311,7 +311,7 @@ def test_bulk_has_a_small_share_beside_calls_and_is_not_forgotten() -> None:
     for number in range(100):
         made.arrive(bulk(1000 + number), now_s=0)
         made.arrive(request(1 + number, may_wait=True), now_s=0)
-    order, now_s, actions = [1000], 0.0, [Start(made._busy()[0].batch)]
+    order, now_s, actions = [1000], 0.0, [Start(next(iter(made._busy.values())).batch)]
     for _ in range(100):
         now_s += 0.01
         actions = made.finish(batch_id(actions), "x", now_s=now_s)
