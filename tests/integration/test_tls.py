@@ -123,7 +123,9 @@ def test_half_a_certificate_does_not_start(tmp_path: Path) -> None:
 def test_a_scheduler_that_is_not_there_is_one_sentence_before_anything_starts(
     tmp_path: Path,
 ) -> None:
-    certs = TlsFiles.create_for_cluster(tmp_path / "certs")["client"].folder
+    certs = tmp_path / "certs" / "client"
+    made = [sys.executable, "-m", "nos.cli", "cluster", "certs", str(certs.parent)]
+    assert "ca-key.pem" in subprocess.run(made, capture_output=True, text=True, check=True).stdout
     command = [sys.executable, "-m", "nos_backend", "serve", "--state-dir", str(tmp_path / "state")]
     flags = ["--scheduler", "tls://127.0.0.1:1", "--tls-dir", str(certs), "--device", "none"]
     found = subprocess.run(

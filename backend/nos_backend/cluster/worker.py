@@ -270,7 +270,7 @@ class HostPlugin(WorkerPlugin):
         confinement = Confinement(
             BoundsOptions(
                 is_off=settings.confinement == "off",
-                closed=split_paths(settings.closed_paths),
+                closed=[*split_paths(settings.closed_paths), *_key_files(self._worker)],
                 readable=split_paths(settings.readable_paths),
                 homes=Path(settings.homes_dir) if settings.homes_dir else None,
                 memory_bytes=settings.executor_bytes,
@@ -341,6 +341,13 @@ class HostPlugin(WorkerPlugin):
             "num_streams": self._plane.num_streams,
             "streams": self._plane.streams_by_tenant,
         }
+
+
+def _key_files(worker: Worker) -> list[Path]:
+    """Return where the key of a worker's Dask comms is: with it, one runs code on the whole cluster."""
+    security: Any = worker.security
+    texts = (security.tls_worker_key, security.tls_worker_cert)
+    return [Path(text).absolute() for text in texts if text and "\n" not in text]
 
 
 def _tls_of(worker: Worker) -> tuple[bytes, bytes] | None:
