@@ -626,7 +626,8 @@ class Status(_Table):
                     f"{device.name} {device.product}".rstrip()
                     + f", {_tables.format_bytes(device.used_bytes)}"
                     + f" of {_tables.format_bytes(device.capacity_bytes)}"
-                    + f", {worker.num_running} running, {worker.num_queued} waiting",
+                    + f", {worker.num_running} running, {worker.num_queued} waiting"
+                    + (f"; gets no models: {worker.note}" if worker.note else ""),
                 )
             )
         for tier in dict.fromkeys(worker.confinement.tier for worker in self.workers):

@@ -165,6 +165,7 @@ def test_a_worker_of_another_version_is_given_nothing_and_status_says_so(machine
         wait_for(lambda: "old" in {it.name for it in control.status().workers}, "it connects")
         (old,) = (it for it in control.status().workers if it.name == "old")
         assert old.note.startswith("it runs nos-inference 0.0.1, and this scheduler ")
+        assert "gets no models: it runs nos-inference 0.0.1" in str(control.status())
         control.scale(MODEL, replicas=3)
         wait_for(lambda: control.info(MODEL).scaling.pending, "the third is pending")
         assert serving(control) == {"far-0", "far-1"}
