@@ -1,6 +1,9 @@
 """Frames per second by every road, as ratios to bare roads of the same run.
 
-Usage: `python benchmarks/streams.py [--frames N] [--rounds N] [--json FILE]`.
+Usage: `python benchmarks/streams.py [--frames N] [--rounds N] [--loads 1x1,1x16,16x1] [--json FILE]`.
+
+A run of some of the loads replaces their figures in the file and leaves the others, so that the whole can be
+measured in pieces.
 
 A 640x480x3 uint8 image and a 1x16 float32 tensor; a model that answers with what it got, and one that answers
 with three numbers; one frame in flight, 16 in flight on one stream, and 16 streams with one each. One thread
@@ -20,6 +23,7 @@ README.md counts the copies.
 from __future__ import annotations
 
 import argparse
+import json
 import mmap
 import os
 import queue
@@ -89,7 +93,7 @@ class Load:
     """On each stream."""
 
     def __str__(self) -> str:
-        return f"{self.num_streams} x {self.in_flight}"
+        return f"{self.num_streams}x{self.in_flight}"
 
 
 LOADS: Final = (
@@ -298,14 +302,14 @@ def open_roads(stack: ExitStack) -> dict[str, dict[str, Road]]:
     return roads
 
 
-def measure(num_frames: int, rounds: int) -> list[Figure]:
-    """Run all roads interleaved under every load."""
+def measure(num_frames: int, rounds: int, loads: list[Load]) -> list[Figure]:
+    """Run all roads interleaved under these loads."""
     with ExitStack() as stack:
         roads = open_roads(stack)
         lanes: dict[int, list[Lane]] = {}
         runs: dict[tuple[str, str, str], dict[str, list[Run]]] = {}
         for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr):
-            for load in LOADS:
+            for load in loads:
                 for answer, by_name in roads.items():
                     for payload, array in PAYLOADS.items():
                         for name, road in by_name.items():
@@ -349,14 +353,34 @@ def summarise(case: tuple[str, str, str], by_road: dict[str, list[Run]]) -> list
     ]
 
 
+def loads_of(text: str) -> list[Load]:
+    """Return the loads that the command line names."""
+    by_name = {str(load): load for load in LOADS}
+    names = text.split(",")
+    if unknown := set(names) - set(by_name):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(by_name)}")
+    return [by_name[name] for name in names]
+
+
+def merged(path: Path, figures: list[Figure]) -> list[dict[str, Any]]:
+    """Return the figures with those of the file whose loads were not measured now."""
+    loads = {figure.load for figure in figures}
+    before = json.loads(path.read_text())["figures"] if path.exists() else []
+    kept = [figure for figure in before if figure["load"] not in loads]
+    found = [*kept, *map(asdict, figures)]
+    order = [str(load) for load in LOADS]
+    return sorted(found, key=lambda it: order.index(it["load"]))
+
+
 def main() -> None:
     """Measure, print the table, and write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--frames", type=int, default=96, help="frames per road, load and round")
     parser.add_argument("--rounds", type=int, default=5, help="how often all roads are run in turn")
+    parser.add_argument("--loads", type=loads_of, default=LOADS, help="streams x in flight of each")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    figures = measure(options.frames, options.rounds)
+    figures = measure(options.frames, options.rounds, options.loads)
     print(
         f"{'payload':<16} {'answer':<9} {'streams x in flight':<20} {'road':<10} {'frames/s':>9} "
         f"{'of a':>6} {'of b':>6} {'of d':>6}  CPU us per frame"
@@ -369,7 +393,7 @@ def main() -> None:
             f"{it.of_a:>6.2f} {it.of_b:>6.2f} {of_d}  {cpu}"
         )
     if options.json:
-        write_json(options.json, [asdict(figure) for figure in figures])
+        write_json(options.json, merged(options.json, figures))
 
 
 if __name__ == "__main__":
