@@ -16,7 +16,7 @@ ROWS ?=
 SOAK_S ?= 1200
 CHAOS_S ?= 900
 
-.PHONY: help demo test long lint format types proto bench accept soak chaos gpu-check clean
+.PHONY: help demo test long lint format types proto bench peers accept soak chaos gpu-check clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -74,6 +74,9 @@ proto: $(ENVIRONMENT) $(PROTO_ENVIRONMENT) ## Generate sdk/nos/wire/v1 from prot
 
 bench: $(ENVIRONMENT) ## Measure every hop beside a bare gRPC echo
 	@$(PY) benchmarks/path.py
+
+peers: $(ENVIRONMENT) ## Measure other inference servers beside this one, each in an environment of its own
+	@$(PY) benchmarks/peers/table.py $(ARGS)
 
 accept: $(ENVIRONMENT) ## Check the rows of docs/acceptance.md (ROWS=A,B4 for some of them)
 	@$(PY) -m pytest --accept='$(ROWS)' --quiet --no-header --durations=0

@@ -1,12 +1,12 @@
 """What batching gives, and how far it is from the limit: ratios within one run.
 
-Usage: `python benchmarks/batching.py [--seconds S] [--rounds N] [--json FILE]`.
+Usage: `python benchmarks/batching.py [--models NAME ...] [--seconds S] [--rounds N] [--json FILE]`.
 
-1, 4, 16 and 64 clients, each on a stream of its own, send one row and wait for its answer, to the same
-model with batching and without. Beside them, in this process and with one thread as in an executor: the
-model called one by one, and with 32 rows at once (the limit of the MLP). The emulated device has its limit
-by definition, n / (5 ms + n x 0.2 ms), without any round trip. All is interleaved in every round; figures
-are medians.
+1 to 64 clients, each on a stream of its own, send one row and wait for its answer, to the same model with
+batching and without. Beside them, in this process and with one thread as in an executor: the model called
+one by one, and with as many rows at once as give most rows per second. The emulated device has its limit by
+definition, n / (5 ms + n x 0.2 ms), without any round trip. All is interleaved in every round; figures are
+medians.
 
 The clients share the machine with the server: where a call costs more than the model, they are measured.
 """
@@ -33,10 +33,18 @@ from report import write_json
 from tqdm import tqdm
 
 MODELS = Path(__file__).resolve().parent / "models"
-CLIENTS = (1, 4, 16, 64)
-BATCH_ROWS = 32
+CLIENTS = (1, 4, 16, 32, 64)
+#: Of which the loop in one process does the best.
+BATCHES = (1, 8, 32)
 SETTLE_S = 0.4
-ROW = np.zeros((1, 512), np.float32)
+ROWS = {
+    "mlp": np.zeros((1, 512), np.float32),
+    "device": np.zeros((1, 512), np.float32),
+    "minilm": [
+        "Many notebooks share one server, and no kernel holds memory while its user thinks."
+    ],
+}
+CLASSES = {"mlp": "Mlp", "minilm": "Sentences"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +62,7 @@ class Figure:
     single_hz: float
     """Rows per second of a loop in one process, one by one."""
     limit_hz: float
-    """Rows per second of such a loop with full batches."""
+    """Rows per second of such a loop with the best of its batches."""
 
 
 async def crowd(
@@ -62,7 +70,8 @@ async def crowd(
 ) -> tuple[float, float, float]:
     """Return answers per second, mean batch and median latency of clients in closed loop."""
     handle = await client.model(model)
-    await handle(ROW)
+    row = ROWS[model.removeprefix("bench/").removesuffix("-single")]
+    await handle(row)
     begin_s = time.perf_counter() + SETTLE_S
     end_s = begin_s + seconds
     times_s: list[float] = []
@@ -71,7 +80,7 @@ async def crowd(
     async def one() -> None:
         async with handle.stream() as stream:
             while (sent_s := time.perf_counter()) < end_s:
-                await stream.send(ROW)
+                await stream.send(row)
                 result = await anext(stream)
                 if sent_s >= begin_s:
                     times_s.append(time.perf_counter() - sent_s)
@@ -81,9 +90,9 @@ async def crowd(
     return len(times_s) / seconds, statistics.fmean(sizes), statistics.median(times_s)
 
 
-def loop_hz(model: Any, num_rows: int, seconds: float) -> float:
+def loop_hz(model: Any, row: Any, num_rows: int, seconds: float) -> float:
     """Return rows per second of the bare model in this process."""
-    rows = torch.zeros(num_rows, 512)
+    rows = row * num_rows if isinstance(row, list) else torch.zeros(num_rows, row.shape[1])
     count, end_s = 0, time.perf_counter() + seconds
     with torch.inference_mode():
         model(rows)
@@ -93,31 +102,36 @@ def loop_hz(model: Any, num_rows: int, seconds: float) -> float:
     return count / seconds
 
 
-def bare_model() -> Any:
-    """Return the MLP as an executor makes it."""
-    spec = importlib.util.spec_from_file_location("bench_mlp", MODELS / "mlp.py")
+def bare_model(name: str) -> Any:
+    """Return a model as an executor makes it."""
+    path = MODELS / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     if spec is None or spec.loader is None:
-        raise SystemExit(f"{MODELS / 'mlp.py'} cannot be imported")
+        raise SystemExit(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.set_num_threads(1)
-    return module.Mlp()
+    return getattr(module, CLASSES[name])()
 
 
-async def measure(address: str, token_file: Path, seconds: float, rounds: int) -> list[Figure]:
+async def measure(
+    address: str, token_file: Path, models: list[str], seconds: float, rounds: int
+) -> list[Figure]:
     """Run everything interleaved and return the figures."""
-    bare = bare_model()
+    bare = {name: bare_model(name) for name in models if name in CLASSES}
     samples: dict[tuple[str, int], list[tuple[float, ...]]] = defaultdict(list)
     async with await nos.AsyncClient.connect(address, token_file=token_file) as client:
         for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr):
-            single_hz, batched_hz = (loop_hz(bare, rows, seconds / 2) for rows in (1, BATCH_ROWS))
-            for num in CLIENTS:
-                for model in ("mlp", "device"):
+            for model in models:
+                for num in CLIENTS:
                     on = await crowd(client, f"bench/{model}", num, seconds)
                     off = await crowd(client, f"bench/{model}-single", num, seconds)
-                    limits = (single_hz, batched_hz)
-                    if model == "device":
-                        limits = (1 / 5.2e-3, num / (5e-3 + 0.2e-3 * num))
+                    limits = (1 / 5.2e-3, num / (5e-3 + 0.2e-3 * num))
+                    if model in bare:
+                        rates = [
+                            loop_hz(bare[model], ROWS[model], rows, seconds / 4) for rows in BATCHES
+                        ]
+                        limits = (rates[0], max(rates))
                     samples[model, num].append((*on, off[0], *limits))
     return [
         Figure(
@@ -138,6 +152,7 @@ async def measure(address: str, token_file: Path, seconds: float, rounds: int) -
 def main() -> None:
     """Measure, print the table, and write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--models", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="how often all is run in turn")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -149,7 +164,13 @@ def main() -> None:
         )
         stack.callback(nos.stop, state_dir=state_dir)
         figures = asyncio.run(
-            measure(client.address, state_dir / "token", options.seconds, options.rounds)
+            measure(
+                client.address,
+                state_dir / "token",
+                options.models,
+                options.seconds,
+                options.rounds,
+            )
         )
     print(
         f"{'model':<8}{'clients':>8}{'answers/s':>11}{'batch':>7}{'p50 ms':>8}"

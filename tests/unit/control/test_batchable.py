@@ -84,3 +84,53 @@ def test_an_exact_model_has_runs_of_one_size() -> None:
     assert batching(", check_batch=True", method).batching.is_checked
     with pytest.raises(InvalidRequestError):
         batching(", exact=True", "def __call__(self, x: int) -> int: ...")
+
+
+PADDED = """def __call__(
+        self, x: Annotated[torch.Tensor, "float32[batch, length]"], {mask}
+    ) -> Annotated[torch.Tensor, "float32[batch, length]"]: ..."""
+MASK = 'mask: Annotated[torch.Tensor, "bool[batch, length]"] | None = None'
+
+
+def test_a_dimension_is_padded_where_a_mask_can_tell() -> None:
+    found = batching(", pad='length'", PADDED.format(mask=MASK)).batching
+    assert (found.padded, list(found.parameters)) == ("length", ["x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "mask", "sentence"),
+    [
+        ("pad='width'", MASK, "no method can pad 'width'"),
+        ("pad='batch'", MASK, "no method can pad 'batch'"),
+        ("pad='length'", "scale: float = 1.0", "a parameter `mask` of"),
+        ("pad='length'", MASK.removesuffix(" | None = None"), "that is None by default"),
+        ("pad='length'", MASK.replace("bool", "float32"), "a parameter `mask` of"),
+        ("pad='length', exact=True", MASK, "either `exact` or `pad`"),
+        ("pad=3", MASK, "option pad is wrong"),
+        ("pad='a b'", MASK, "option pad is wrong"),
+    ],
+)
+def test_padding_that_no_method_can_do_is_refused_and_told_how(
+    options: str, mask: str, sentence: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refusal:
+        batching(f", {options}", PADDED.format(mask=mask))
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "is_each"),
+    [
+        ('def __call__(self, x: Annotated[np.ndarray, "uint8[height, width]"]) -> int: ...', True),
+        ("def __call__(self, x: np.ndarray, image: PIL.Image.Image) -> dict: ...", True),
+        ("def __call__(self, x: int) -> int: ...", False),
+        ("def __call__(self, *x: np.ndarray) -> int: ...", False),
+        ('def __call__(self, x: Annotated[torch.Tensor, "float32[batch]"]) -> int: ...', False),
+    ],
+)
+def test_single_items_run_in_one_round_when_asked(method: str, *, is_each: bool) -> None:
+    source = f"import nos\n@nos.model(name='m', batch=True)\nclass M:\n    {method}\n"
+    source += "    def texts(self, texts: list[str]) -> list[str]: ...\n"
+    assert describe(source)[0].spec.methods[0].batching.is_each == is_each
+    off = describe(source.replace("True", "None", 1))
+    assert not off[0].spec.methods[0].HasField("batching")
