@@ -9,7 +9,8 @@ Usage: `python benchmarks/scaling.py [--seconds S] [--json FILE]`.
 - `reconcile`: the pure state machine with 1,000 models and 50 simulated workers.
 
 Each client keeps four calls per replica under way. Efficiency is calls per second over those of one replica,
-by the number of replicas.
+by the number of replicas. Numbers of replicas are measured in turn, three times; figures are medians, and
+efficiencies are taken within each round.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,13 +36,14 @@ from nos_backend.scheduling.reconcile import Load, Reconciler
 from report import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
 NUM_WORKERS: Final = 8
 CALLS_PER_REPLICA: Final = 4
 REPLICAS_PER_CLIENT: Final = 4
 WAIT_S: Final = 90.0
+NUM_ROUNDS: Final = 3
 
 MODELS: Final = """
 import hashlib
@@ -53,7 +56,7 @@ BLOCK = bytes(1 << 20)
 class Busy:
     def __call__(self) -> int:
         digest = hashlib.sha256()
-        for _ in range(60):
+        for _ in range(24):
             digest.update(BLOCK)
         return os.getpid()
 
@@ -178,6 +181,36 @@ def measure(client: nos.Client, place: list[str], model: str, count: int, second
     )
 
 
+def measure_rounds(
+    client: nos.Client, place: list[str], model: str, counts: Sequence[int], seconds: float
+) -> list[Row]:
+    """Measure numbers of replicas in turn, so that each round compares within itself; return medians."""
+    rounds: list[list[Row]] = []
+    for _ in range(NUM_ROUNDS):
+        rows = []
+        for count in counts:
+            if model == "bench/busy":
+                scale(client, model, count)
+                pin(client, model)
+            rows.append(measure(client, place, model, count, seconds))
+            rows[-1].efficiency = rows[-1].calls_per_s / rows[0].calls_per_s / count
+        rounds.append(rows)
+    client.scale(model, min=0, max=1)
+    medians = []
+    for found in zip(*rounds, strict=True):
+        row = replace(found[0])
+        for name in ("calls_per_s", "p50_ms", "p99_ms", "efficiency"):
+            setattr(row, name, statistics.median(getattr(it, name) for it in found))
+        medians.append(row)
+        print(
+            f"{model:12} {row.num_replicas} replicas {row.num_clients} clients"
+            f" {row.calls_per_s:8.1f} calls/s p50 {row.p50_ms:7.1f} p99 {row.p99_ms:7.1f} ms"
+            f" efficiency {row.efficiency:.2f}",
+            flush=True,
+        )
+    return medians
+
+
 def scale(client: nos.Client, model: str, count: int) -> None:
     """Have so many replicas, and wait for them."""
     client.scale(model, replicas=count)
@@ -185,10 +218,11 @@ def scale(client: nos.Client, model: str, count: int) -> None:
     wait_for(lambda: [it.phase for it in client.info(model).replicas] == phases, f"{count} serve")
 
 
-def pin(client: nos.Client) -> None:
-    """Give each worker, with its executors, one core."""
-    for number, worker in enumerate(client.status().workers):
-        root = psutil.Process(worker.pid)
+def pin(client: nos.Client, model: str) -> None:
+    """Give each worker that has the model, with its executors, one core."""
+    pids = {worker.name: worker.pid for worker in client.status().workers}
+    for number, replica in enumerate(client.info(model).replicas):
+        root = psutil.Process(pids[replica.worker])
         for process in (root, *root.children(recursive=True)):
             process.cpu_affinity([number % (os.cpu_count() or 1)])
 
@@ -249,24 +283,12 @@ def run(folder: Path, seconds: float) -> dict[str, Any]:
         with nos.connect(record["address"], token_file=record["token_file"]) as client:
             for name in ("Busy", "Sleep"):
                 client.register(MODELS, class_name=name, name=f"bench/{name.lower()}")
-            rows = []
-            for model, counts in (("bench/busy", (1, 2)), ("bench/sleep", (1, 2, 4, 8))):
-                for count in counts:
-                    if model == "bench/busy":
-                        scale(client, model, count)
-                        pin(client)
-                    row = measure(client, place, model, count, seconds)
-                    base = next((it for it in rows if it.model == model), row)
-                    row.efficiency = row.calls_per_s / base.calls_per_s / count
-                    rows.append(row)
-                    print(
-                        f"{model:12} {count} replicas {row.num_clients} clients"
-                        f" {row.calls_per_s:8.1f} calls/s p50 {row.p50_ms:7.1f} p99 {row.p99_ms:7.1f} ms"
-                        f" efficiency {row.efficiency:.2f}",
-                        flush=True,
-                    )
-                client.scale(model, min=0, max=1)
-            first_s = new_replica_s(client, "bench/sleep", 5)
+            rows = [
+                row
+                for model, counts in (("bench/busy", (1, 2)), ("bench/sleep", (1, 2, 4, 8)))
+                for row in measure_rounds(client, place, model, counts, seconds)
+            ]
+            first_s = new_replica_s(client, "bench/sleep", 3)
     finally:
         server.terminate()
         server.wait(60)
@@ -276,7 +298,7 @@ def run(folder: Path, seconds: float) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     for name in ("--address", "--token-file", "--model"):
@@ -287,6 +309,7 @@ def main() -> None:
     if arguments.client:
         client_main(arguments)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends, too
     figures: dict[str, Any] = {"reconcile_ms": reconcile_ms()}
     print(figures["reconcile_ms"], flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -366,12 +366,17 @@ async def test_a_stranger_is_refused(cluster, link, tmp_path):
 
 
 @pytest.mark.accept("E4")
+@pytest.mark.long
 @pytest.mark.asyncio
 async def test_a_worker_whose_device_disappears_ends_and_is_back_with_it(cluster, link):
     devices = cluster.folder / "devices"
     devices.write_text("A100\n")
     fakes = str(Path(__file__).parent.parent / "fakes" / "nvml")
-    environ = {"FAKE_NVML": str(devices), "PYTHONPATH": fakes}
+    environ = {
+        "FAKE_NVML": str(devices),
+        "PYTHONPATH": fakes,
+        "DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "False",
+    }
     cluster.start_worker("gpu", device="cuda:0", **environ)
     await until(lambda: num_workers(link), 3)
     devices.write_text("")

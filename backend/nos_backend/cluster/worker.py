@@ -137,7 +137,7 @@ class HostPlugin(WorkerPlugin):
 
     async def teardown(self, worker: Worker) -> None:
         """Finish what is in flight, then stop the data plane and the executors."""
-        if self._device_watch is not None and self._device_watch is not asyncio.current_task():
+        if self._device_watch is not None:
             self._device_watch.cancel()
         await asyncio.to_thread(self._plane.stop, _DRAIN_S)
 
@@ -299,7 +299,8 @@ class HostPlugin(WorkerPlugin):
                 await asyncio.to_thread(describe_device, self._device.name, os.environ)
             except ConfigError:
                 _logger.error("%s is gone", self._device.name)  # noqa: TRY400 - a sentence, not a traceback
-                await self._worker.close(reason="nos-device-gone")
+                # Not from here: the teardown ends this task.
+                self._worker.loop.add_callback(self._worker.close, reason="nos-device-gone")
                 return
 
     def _verify(self, raw: bytes) -> access_pb2.Ticket:
