@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from nos import _control, _fork, _tls
 from nos._channel import Metadata, Transport, open_transport
-from nos._link import Call, Flow, Link, Route
+from nos._link import Call, Flow, Link, Lost, Route
 from nos._replicas import Replicas
 from nos.errors import InternalError, NosError, StreamClosedError, UnavailableError
 from nos.wire.host import host_id, is_loopback
@@ -162,10 +162,13 @@ class Engine:
         is_shared: bool = False,
         flow: Flow | None = None,
         pause_s: float = 0.0,
+        resumes: Lost | None = None,
     ) -> Link:
         """Open a stream of its own to a model version; see `Link`."""
         with self._lock:
-            return self._open_link(key, on_end, is_shared=is_shared, flow=flow, pause_s=pause_s)
+            return self._open_link(
+                key, on_end, is_shared=is_shared, flow=flow, pause_s=pause_s, resumes=resumes
+            )
 
     def routes(self) -> dict[str, str]:
         """Return which way each open stream goes."""
@@ -263,8 +266,11 @@ class Engine:
         flow: Flow | None = None,
         pause_s: float = 0.0,
         worker: str = "",
+        resumes: Lost | None = None,
     ) -> Link:
         self._check_open()
+        if resumes is not None:
+            worker = resumes.worker
 
         def ended(link: Link, unsent: list[Call], error: NosError) -> None:
             with self._lock:
@@ -291,6 +297,7 @@ class Engine:
             is_shared=is_shared,
             flow=flow,
             pause_s=pause_s,
+            resumes=resumes,
         )
         self._all_links[link] = key
         link.start()

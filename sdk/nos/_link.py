@@ -35,10 +35,11 @@ from nos.errors import (
     UnavailableError,
 )
 from nos.types import Timings
-from nos.wire.limits import UNORDERED
+from nos.wire import frames, values
+from nos.wire.limits import RESUMABLE_BYTES, RESUME, UNORDERED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from nos._channel import Duplex, Metadata, Transport
 
@@ -62,6 +63,10 @@ _MAX_ATTEMPTS: Final = 3
 def out_of_time(timeout_s: float | None) -> DeadlineExceededError:
     """Return the error for a call whose time limit passed while neither server nor network said so."""
     return DeadlineExceededError("no answer came in time", "timeout_s", f"one within {timeout_s} s")
+
+
+def _forgotten() -> UnavailableError:
+    return UnavailableError("the result of this frame was lost with its connection")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +102,30 @@ class Route:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A stream whose connection broke while frames of it had no end."""
+
+    stream_id: str
+    #: Who served it, and may still.
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A frame as it was sent, to be sent again over the stream that takes the place of this one."""
+
+    header: bytes
+    messages: Sequence[bytes]
+
+    def again(self, seq: int) -> Outgoing:
+        """Return it as a frame that had this number before."""
+        payload = values.Payload()
+        payload.buffers = [data for _, data in map(frames.cut, self.messages)]
+        payload.size = sum(map(len, payload.buffers))
+        return Outgoing(frames.resumed(self.header, seq), payload)
+
+
 class Call(Future[Any]):
     """The answer to one frame, and its way there.
 
@@ -117,6 +146,8 @@ class Call(Future[Any]):
         self.on_admitted: Callable[[], None] | None = None
         #: How many links had it.
         self.num_attempts = 0
+        #: The stream that it was sent over and that was lost.
+        self.resumes = ""
         self.link: Link | None = None
         self._items: list[Any] | None = [] if is_generator else None
 
@@ -207,16 +238,18 @@ class Flow:
 class Link:
     """A stream that opens by itself and ends once.
 
-    Frames that wait when it ends were certainly never sent: they are handed to `on_end`, the others failed.
+    Frames that wait when it ends were certainly never sent: they are handed to `on_end`. So are, where only
+    the connection was lost, those that the worker can tell from new ones; the others failed.
 
     Args:
         name: Names the thread.
         find_route: Says how to reach the model; called in the link's thread, again after a failed opening;
             it is given the route that failed.
-        on_end: Told once, in the link's thread, with the frames that were never sent and the reason.
+        on_end: Told once, in the link's thread, with the frames that another link may send, and the reason.
         is_shared: Whether it may be closed when idle.
         flow: What becomes of frames for which there is no room, and in which order results come.
         pause_s: How long it waits before it opens.
+        resumes: What it takes the place of.
     """
 
     def __init__(
@@ -228,7 +261,11 @@ class Link:
         is_shared: bool = True,
         flow: Flow | None = None,
         pause_s: float = 0.0,
+        resumes: Lost | None = None,
     ) -> None:
+        self._resumes = resumes
+        #: What the next link should take the place of; known when it ends.
+        self.lost: Lost | None = None
         self._flow = flow or Flow()
         self._pause_s = pause_s
         #: Set when it is closed, to end the pause.
@@ -244,6 +281,8 @@ class Link:
         self._waiting: deque[Call] = deque()
         #: Of the frames that the session holds open.
         self._open: dict[int, Call] = {}
+        #: Of those in `_open` that may be sent again when the connection is lost.
+        self._sent: dict[int, _Sent] = {}
         self._stream: Duplex | None = None
         #: Why the link ends, where that is our own doing.
         self._reason: NosError | None = None
@@ -416,7 +455,11 @@ class Link:
             if route.ticket_ttl_s:
                 self._renew_at_s = self._opened_s + route.ticket_ttl_s * 0.6
             self._stream = stream
-            self._say(session.hello(__version__, () if self._flow.is_ordered else (UNORDERED,)))
+            features = [] if self._flow.is_ordered else [UNORDERED]
+            # Calls that are made anew by whoever waits for them are not worth it.
+            features += [RESUME] if route.transport is not None and not self.is_shared else []
+            resumes = self._resumes.stream_id if self._resumes is not None else ""
+            self._say(session.hello(__version__, features, resumes))
             if self._reason is not None:  # closed meanwhile
                 stream.cancel()
         error: NosError = UnavailableError(
@@ -428,10 +471,13 @@ class Link:
                     events = session.take(message, data)
                     self._take(events)
                     ended = self._enders(events)
+                    refused = self._unresumable() if self._resumes and not self._open else []
                     sent = self._pump()
                     if (receipt := stream.receipt()) is not None:
                         stream.put(receipt)
                 self._deliver(ended)
+                for call in refused:
+                    call.fail(_forgotten())
                 for call in sent:
                     call.admitted()
                 if session.lost is not None:
@@ -441,6 +487,8 @@ class Link:
             error = failure
         with self._lock:
             reason: NosError | None = self._reason
+            if reason is None and isinstance(error, UnavailableError):
+                self._take_back(route.worker)
             error = reason or error
             events = session.lose(error)
             ended = self._enders(events)
@@ -448,6 +496,29 @@ class Link:
             stream.close()
         self._deliver(ended)
         return error
+
+    def _take_back(self, worker: str) -> None:
+        """Let frames that were sent wait for the link that takes the place of this one. Holds the lock."""
+        unanswered = []
+        for seq, sent in self._sent.items():
+            call = self._open[seq]
+            if not call.cancelled():
+                del self._open[seq]
+                self._session.take_back(seq)
+                call.frame, call.resumes = sent.again(seq), self._stream_id
+                unanswered.append(call)
+        self._sent.clear()
+        self._waiting.extendleft(reversed(unanswered))
+        if unanswered:
+            self.lost = Lost(self._stream_id, worker)
+
+    def _unresumable(self) -> list[Call]:
+        """Take out the calls that this server would run again, not knowing them. Holds the lock."""
+        if self._session.can_resume or not self._session.is_welcomed:
+            return []
+        found = [call for call in self._waiting if call.resumes]
+        self._waiting = deque(call for call in self._waiting if not call.resumes)
+        return found
 
     def _take(self, events: list[Event]) -> None:
         for event in events:
@@ -466,8 +537,10 @@ class Link:
         for event in events:
             if isinstance(event, Item):
                 told.append((self._open[event.seq], event))
+                self._sent.pop(event.seq, None)  # what came of it cannot be taken back
             elif isinstance(event, Done | Failed):
                 told.append((self._open.pop(event.seq), event))
+                self._sent.pop(event.seq, None)
                 if _logger.isEnabledFor(logging.DEBUG):
                     self._log_end(event)
         if told:
@@ -507,6 +580,9 @@ class Link:
             self._waiting.popleft()
             seq, messages = self._session.send(frame)
             self._open[seq] = call
+            is_small = frame.payload.size <= RESUMABLE_BYTES
+            if self._session.can_resume and is_small and not call.resumes:
+                self._sent[seq] = _Sent(frame.header, messages)
             call.frame = None
             if _logger.isEnabledFor(logging.DEBUG):
                 size = frame.payload.size
@@ -547,6 +623,12 @@ class Link:
             self._ended_s = time.monotonic()
             self._stream = None
             error = self._reason or error
-            waiting = list(self._waiting)
+            if not self._was_welcomed:
+                self.lost = self._resumes
+            left = self.lost.stream_id if self.lost is not None else ""
+            waiting = [call for call in self._waiting if call.resumes in {"", left}]
+            forgotten = [call for call in self._waiting if call.resumes not in {"", left}]
             self._waiting.clear()
+        for call in forgotten:
+            call.fail(_forgotten())
         self._on_end(self, waiting, error)

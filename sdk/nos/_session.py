@@ -8,7 +8,7 @@ Invariants, whatever arrives:
 * Sequence numbers of sent frames are 1, 2, 3, ... without a gap.
 * No frame is sent before the server's `Welcome`, so a stream that is lost before it has delivered nothing.
 * At most `window_frames` frames and `window_bytes` bytes are without an end; one larger frame goes alone.
-* Every sent frame gets exactly one `Done` or `Failed`, if only when the stream is lost.
+* Every sent frame gets exactly one `Done` or `Failed`, if only when the stream is lost, but those taken back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from nos.errors import InternalError, NosError, OverloadedError, VersionMismatchError
 from nos.types import Timings
 from nos.wire import frames, status, values
-from nos.wire.limits import FRAME_BYTES, PROTOCOL_VERSION
+from nos.wire.limits import FRAME_BYTES, PROTOCOL_VERSION, RESUME
 from nos.wire.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ class Session:
         self._pack = pack
         #: Set by `Welcome`; before it nothing fits.
         self.is_welcomed = False
+        #: Whether the server keeps the ends of frames until they are acknowledged.
+        self.can_resume = False
         #: The server asked for no new frames, or the client said that none will come.
         self.is_closing = False
         #: Set once; nothing changes afterwards.
@@ -159,10 +161,13 @@ class Session:
         """How many frames have no end yet."""
         return len(self._open)
 
-    def hello(self, client_version: str, features: Sequence[str] = ()) -> bytes:
-        """Return the stream's first message."""
+    def hello(self, client_version: str, features: Sequence[str] = (), resumes: str = "") -> bytes:
+        """Return the stream's first message; `resumes` names the one that it takes the place of."""
         hello = inference_pb2.Hello(
-            versions=[PROTOCOL_VERSION], features=features, client_version=client_version
+            versions=[PROTOCOL_VERSION],
+            features=features,
+            client_version=client_version,
+            resumes=resumes,
         )
         return inference_pb2.StreamRequest(hello=hello).SerializeToString()
 
@@ -183,9 +188,10 @@ class Session:
         self._last_seq += 1
         seq = self._last_seq
         size = frame.payload.size
+        acknowledged = next(iter(self._open), seq) - 1 if self.can_resume else 0
         self._open[seq] = size
         self.open_bytes += size
-        header = frames.request_header(seq, frame.header)
+        header = frames.request_header(seq, frame.header, acknowledged)
         return seq, list(self._pack(seq, header, frame.payload.buffers, size))
 
     def cancel(self, seq: int) -> bytes | None:
@@ -197,6 +203,11 @@ class Session:
             return None
         message = inference_pb2.StreamRequest(seq=seq, cancel=inference_pb2.Cancel())
         return message.SerializeToString()
+
+    def take_back(self, seq: int) -> None:
+        """Forget an open frame, which goes to another stream when this one is lost."""
+        self.open_bytes -= self._open.pop(seq)
+        self._assemblies.pop(seq, None)
 
     def renewal(self, ticket: bytes) -> bytes:
         """Return the message that puts a fresh ticket in place."""
@@ -277,6 +288,7 @@ class Session:
             )
             return self.lose(error)
         self.is_welcomed = True
+        self.can_resume = RESUME in welcome.features
         self.window_frames += welcome.window_frames or _DEFAULT_WINDOW_FRAMES
         self.window_bytes += welcome.window_bytes or _DEFAULT_WINDOW_BYTES
         return [Welcomed(welcome.stream_id, welcome.model_version)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nos._engine import Engine
-    from nos._link import Call, Link
+    from nos._link import Call, Link, Lost
 
 
 #: What becomes of a frame for which there is no room: its sender waits, the frame that waits longest is
@@ -88,8 +88,9 @@ class Outage:
 class StreamCore:
     """A stream of its own to one model version, over one link after the other.
 
-    Where a link is lost, the frames that were sent over it fail; those that were not go over the next one,
-    which is opened when there is a frame for it.
+    Where a link is lost, what waits goes over the next one, which is opened when there is a frame for it. The
+    frames that were sent and have no end go over it too, as such, where only the connection was lost: a
+    worker that ran them answers as it did before. Else they fail.
 
     Args:
         engine: Carries it.
@@ -118,6 +119,8 @@ class StreamCore:
         self._outage = Outage()
         #: How long the next link waits before it opens.
         self._pause_s = 0.0
+        #: What it takes the place of.
+        self._lost: Lost | None = None
         self._is_finished = False
         #: Why the stream is over.
         self._error: NosError | None = None
@@ -180,7 +183,11 @@ class StreamCore:
         try:
             if self._link is None:
                 self._link = self._engine.open_link(
-                    self._key, self._on_end, flow=self._flow, pause_s=self._pause_s
+                    self._key,
+                    self._on_end,
+                    flow=self._flow,
+                    pause_s=self._pause_s,
+                    resumes=self._lost,
                 )
         except NosError as error:  # the client was closed
             return error
@@ -199,6 +206,7 @@ class StreamCore:
     def _on_end(self, link: Link, unsent: list[Call], error: NosError) -> None:
         with self._lock:
             unsent += self._held
+            self._lost = link.lost
             self._held, self._link, self._route = [], None, self.route
             pause_s = None if self._error else self._pause_after(link, error)
             if pause_s is None:

@@ -123,11 +123,10 @@ def test_streams_continue_when_the_gateway_is_restarted(server, via, accept):
         flows(senders)
         back_s = time.monotonic()
     num_lost = sum(sender.check(num_faults=1) for sender in senders)
+    # None, but those of a stream that loses its connection once more while it finds the new one.
+    assert num_lost <= (WINDOW if via == "relay" else 0)
     if via == "relay":
-        assert num_lost > 0
         accept.figure(back_s - listens_s, 2.0, "s until every relayed stream flows again")
-    else:
-        assert num_lost == 0
 
 
 def is_reachable(server):
@@ -308,7 +307,7 @@ def test_a_link_that_swallows_everything_is_noticed_by_both_ends(server, accept)
         flows(senders)
         host.mend()
         client.flows()
-        assert client.stop() > 0
+        assert client.stop() <= WINDOW
     assert senders[0].check(num_faults=0) == 0
 
 

@@ -151,6 +151,9 @@ class LocalPort:
 class LocalPipe(asyncio.Protocol):
     """A stream of a local client; a `nos_backend.worker.streams.Pipe`."""
 
+    #: Without the client's end, or ours, there is nobody to go on.
+    can_be_lost = False
+
     def __init__(self, hello: inference_pb2.LocalHello, memory: int, peer_pid: int) -> None:
         """Map the client's memory; the descriptor stays the caller's.
 
@@ -217,6 +220,10 @@ class LocalPipe(asyncio.Protocol):
             self.num_written += 1
         if not self._writable.is_set():
             await self._writable.wait()
+
+    async def write_whole(self, messages: list[bytes]) -> None:
+        """See `Pipe`."""
+        raise AssertionError("it cannot be lost")
 
     def is_frozen(self) -> bool:
         """See `Pipe`."""

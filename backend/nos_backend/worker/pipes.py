@@ -23,6 +23,8 @@ class Pipe(Protocol):
 
     #: Messages that the transport has taken.
     num_written: int
+    #: Whether its end may be the network's, while both sides live.
+    can_be_lost: bool
 
     async def read(self, receive: Receive, flowing: asyncio.Event) -> None:
         """Hand messages to `receive` until the client has half-closed.
@@ -58,12 +60,17 @@ class Pipe(Protocol):
             data: Its data; may be empty.
         """
 
+    async def write_whole(self, messages: list[bytes]) -> None:
+        """Write messages that are serialized with their data; where `can_be_lost` only."""
+
     def is_frozen(self) -> bool:
         """Return whether the client is known to be stopped, here and when this was asked last."""
 
 
 class GrpcPipe:
     """A stream over gRPC."""
+
+    can_be_lost = True
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -91,6 +98,12 @@ class GrpcPipe:
     async def write(self, seq: int, header: bytes, data: memoryview) -> None:
         """See `Pipe`."""
         for message in frames.pack(seq, header, [data], data.nbytes):
+            await self._context.write(message)
+            self.num_written += 1
+
+    async def write_whole(self, messages: list[bytes]) -> None:
+        """See `Pipe`."""
+        for message in messages:
             await self._context.write(message)
             self.num_written += 1
 

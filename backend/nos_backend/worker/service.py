@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from nos_backend.worker.access import Access
     from nos_backend.worker.manager import ModelManager
     from nos_backend.worker.replies import Reply
+    from nos_backend.worker.resuming import Remains
 
 T = TypeVar("T")
 
@@ -59,6 +60,10 @@ _MAX_TRACEBACK_CHARS: Final = 4000
 _MAX_DETAILS_CHARS: Final = 500
 _START_TIMEOUT_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
+#: How long a client may take to come back for the ends that it missed: as long as its own patience.
+_RESUME_S: Final = 30.0
+#: Of the ends of all lost streams; those that were lost first are forgotten.
+_MAX_LEFT_BYTES: Final = 256 << 20
 #: Clients half-close within milliseconds of being asked to leave; who does not is not waited for longer.
 _LEAVE_S: Final = 2.0
 
@@ -103,6 +108,8 @@ class DataPlane:
         self._stop: asyncio.Future[float]
         self._local: LocalPort | None = None
         self._streams: set[Stream] = set()
+        #: By stream: what it left when its connection was lost, for a while.
+        self._left: dict[str, Remains] = {}
         #: Models that are being unloaded; each resolves when it is gone.
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -293,14 +300,41 @@ class DataPlane:
                 "streams",
                 f"at most {self._max_streams}",
             )
-        stream = Stream(self._manager, access, self._verify, spec, owner)
+        stream = Stream(self._manager, access, self._verify, spec, owner, self._inherit)
         self._streams.add(stream)
         try:
             error = await stream.serve(pipe)
+        except asyncio.CancelledError:
+            if stream.remains is not None:
+                self._keep(stream.id, stream.remains)
+            raise
         finally:
             self._streams.discard(stream)
         if error is not None:
             raise error
+
+    def _keep(self, stream_id: str, remains: Remains) -> None:
+        """Keep what a lost stream left for the one that takes its place."""
+        self._left[stream_id] = remains
+        self._loop.call_later(_RESUME_S, self._left.pop, stream_id, None)
+        while sum(it.num_bytes for it in self._left.values()) > _MAX_LEFT_BYTES:
+            del self._left[next(iter(self._left))]
+
+    def _inherit(self, stream_id: str, heir: Remains) -> Remains | None:
+        """Return what a stream left whose connection was lost, which it may not have noticed yet.
+
+        Args:
+            stream_id: Names it.
+            heir: Of the stream that takes its place; nothing is left to another tenant or model.
+        """
+        stream = next((it for it in self._streams if it.id == stream_id), None)
+        left = stream.remains if stream is not None else self._left.get(stream_id)
+        if left is None or (left.model, left.tenant) != (heir.model, heir.tenant):
+            return None
+        if stream is not None:
+            stream.abandon()
+        self._left.pop(stream_id, None)
+        return left
 
     async def serve_run(self, access: Access, raw: bytes) -> bytes:
         """Serve one unary call; a generator's items come as one list."""

@@ -28,14 +28,16 @@ from nos.errors import (
     VersionMismatchError,
 )
 from nos.wire import frames
-from nos.wire.limits import FRAME_BYTES, PROTOCOL_VERSION, UNORDERED
+from nos.wire.limits import FRAME_BYTES, PROTOCOL_VERSION, RESUME, UNORDERED
+from nos.wire.signature import find_method
 from nos.wire.status import to_message
 from nos.wire.v1 import inference_pb2, values_pb2
 
 from nos_backend.worker.access import authorize, unexpected
 from nos_backend.worker.arguments import Call, check_arguments, from_node
 from nos_backend.worker.dispatch import Request, failure
-from nos_backend.worker.replies import NO_BYTES
+from nos_backend.worker.replies import NO_BYTES, Reply
+from nos_backend.worker.resuming import Remains
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from nos_backend.worker.inputs import Input
     from nos_backend.worker.manager import ModelManager
     from nos_backend.worker.pipes import Pipe
-    from nos_backend.worker.replies import Reply
+    from nos_backend.worker.resuming import Last
 
 T = TypeVar("T")
 
@@ -99,6 +101,10 @@ class _Frame:
     #: What came and was not written yet; the last one is terminal if `is_ended`.
     replies: deque[Reply] = field(default_factory=deque)
     is_ended: bool = False
+    #: It runs although the stream is lost.
+    runs_on: bool = False
+    #: Its end is that of a frame of the stream before.
+    is_resumed: bool = False
 
 
 class Stream:
@@ -111,8 +117,20 @@ class Stream:
         verify: Callable[[bytes], access_pb2.Ticket],
         spec: models_pb2.ModelSpec,
         owner: str,
+        inherit: Callable[[str, Remains], Remains | None],
     ) -> None:
-        """Make a stream for the model that `access` opens, and that has this interface and owner."""
+        """Make a stream.
+
+        Args:
+            manager: Runs its frames.
+            access: Opens its model.
+            verify: As for `DataPlane`.
+            spec: Interface of the model.
+            owner: Of the model.
+            inherit: Returns what the stream of that name left behind, once, to another of the same tenant
+                and model; ends it if it is not over.
+        """
+        self._inherit = inherit
         self._manager = manager
         self._access = access
         self._verify = verify
@@ -120,7 +138,11 @@ class Stream:
         self._spec = spec
         self._owner = owner
         self._loop = asyncio.get_running_loop()
-        self._id = secrets.token_hex(4)
+        self._id = secrets.token_hex(8)
+        #: What is left when the connection is lost; None where the client wants none of it.
+        self.remains: Remains | None = None
+        #: What the stream left that this one takes the place of.
+        self._inherited: Remains | None = None
         self._sender = next(_senders)
         #: Frames without an end, in order.
         self._frames: dict[int, _Frame] = {}
@@ -167,6 +189,11 @@ class Stream:
         return self._model
 
     @property
+    def id(self) -> str:
+        """Names it."""
+        return self._id
+
+    @property
     def tenant(self) -> str:
         """For whom it runs."""
         return str(self._access.ticket.tenant)
@@ -178,6 +205,8 @@ class Stream:
 
     async def serve(self, pipe: Pipe) -> NosError | None:
         """Serve until the client has half-closed and has all its ends, or until the stream is cut.
+
+        Cancelled when the connection is lost; `remains` are for the stream that takes its place then.
 
         Returns:
             Why it was cut; None if it ended well.
@@ -196,6 +225,10 @@ class Stream:
             if self._cut.done():
                 return self._cut.result()
             await writer
+        except asyncio.CancelledError:
+            self.abandon()
+            raise
+        else:
             return self._leaving
         finally:
             self._close()
@@ -210,6 +243,16 @@ class Stream:
         """End the stream at once."""
         if not self._cut.done():
             self._cut.set_result(error)
+
+    def abandon(self) -> None:
+        """The connection is lost, whether it knows or not: withdraw what waits, and keep the other ends."""
+        if self._is_closed:
+            return
+        if self.remains is not None:
+            for frame in list(self._frames.values()):
+                self._leave_behind(frame, self.remains)
+        self._close()
+        self.cut(UnavailableError("another stream took the place of this one"))
 
     def leave(self, grace_s: float, reason: str) -> None:
         """Tell the client to go elsewhere; frames that it sent before it heard of that are still taken.
@@ -237,12 +280,16 @@ class Stream:
             self.cut(unexpected(error, f"reading stream {self._id}"))
 
     def _receive(self, header: bytes, data: memoryview) -> None:
-        seq, rest = frames.split_seq(header)
+        seq, acknowledged, rest = frames.split_seq(header)
+        if acknowledged and self.remains is not None:
+            self.remains.acknowledge(acknowledged)
         form = self._forms.get(rest)
         if form is not None:
             self._on_frame(seq, form, data)
             return
         message = frames.parse(inference_pb2.StreamRequest, header)
+        if message.acknowledged and self.remains is not None:
+            self.remains.acknowledge(message.acknowledged)
         match message.WhichOneof("event"):
             case "frame":
                 self._on_frame(message.seq, message.frame, data, rest)
@@ -267,11 +314,17 @@ class Stream:
                 "Install the client that fits the server",
             )
         self._is_ordered = UNORDERED not in hello.features
+        features = [] if self._is_ordered else [UNORDERED]
+        if RESUME in hello.features and self._pipe is not None and self._pipe.can_be_lost:
+            features.append(RESUME)
+            self.remains = Remains(self._model, self._access.ticket.tenant)
+            if hello.resumes:
+                self._inherited = self._inherit(hello.resumes, self.remains)
         welcome = inference_pb2.Welcome(
             version=PROTOCOL_VERSION,
             stream_id=self._id,
             model_version=self._spec.version,
-            features=[] if self._is_ordered else [UNORDERED],
+            features=features,
             window_frames=WINDOW_FRAMES,
             window_bytes=WINDOW_BYTES,
         )
@@ -337,16 +390,35 @@ class Stream:
         frame.is_bulk = header.is_bulk
         if isinstance(header, _Form):
             frame.call, frame.recurs = header.call, True
-        else:
+        elif not (header.resumes and self._resume(frame, header.resumes)):
             frame.call = check_arguments(self._spec, header.method, header.arguments, size)
-            if header.data_bytes and 0 < len(rest) <= _MAX_FORM_BYTES:
+            if header.data_bytes and 0 < len(rest) <= _MAX_FORM_BYTES and not header.resumes:
                 form = _Form(size, header.timeout_s, header.is_bulk, frame.call)
                 self._remember(self._forms, rest, form)
         frame.size = size
         self._open_bytes += size
-        if size:
+        if size and frame.call is not None:
             frame.input = self._manager.allocate(self._model, size)
         self._fill(frame, data)
+
+    def _resume(self, frame: _Frame, seq: int) -> bool:
+        """Have a frame end as it did on the stream before; return False if it never ran there.
+
+        Raises:
+            UnavailableError: If that is not known.
+        """
+        lost = UnavailableError("the result of this frame was lost with its connection")
+
+        def wait(last: Last | None) -> None:
+            if last is None:
+                self._on_reply(frame, failure(lost))
+            else:
+                self._on_reply(frame, Reply("resumed", last[0], memoryview(last[1])))
+
+        if self._inherited is None:
+            raise lost
+        frame.is_resumed = self._inherited.claim(seq, wait)
+        return frame.is_resumed
 
     @staticmethod
     def _remember(memory: dict[bytes, T], name: bytes, item: T) -> None:
@@ -414,7 +486,7 @@ class Stream:
 
     def _half_close(self) -> None:
         for frame in self._frames.values():
-            if frame.request is None and not frame.is_ended:
+            if frame.request is None and not frame.is_ended and not frame.is_resumed:
                 error = InvalidRequestError(
                     "the stream ended within the frame",
                     "data_bytes",
@@ -436,6 +508,9 @@ class Stream:
 
     def _on_reply(self, frame: _Frame, reply: Reply) -> None:
         if self._is_closed or frame.is_ended:
+            if frame.runs_on and self.remains is not None:
+                frame.runs_on = False
+                self.remains.keep(*self._message(frame, reply))
             reply.release()
             return
         frame.replies.append(reply)
@@ -476,7 +551,7 @@ class Stream:
                 elif (frame := self._head()) is not None:
                     reply = frame.replies.popleft()
                     try:
-                        await pipe.write(*self._message(frame, reply))
+                        await self._put(pipe, frame, reply)
                     finally:
                         reply.release()
                 elif self._frames or not (self._is_half_closed or self._is_overdue):
@@ -487,6 +562,35 @@ class Stream:
                     return
         except Exception as error:  # noqa: BLE001 - the top level of this task
             self.cut(unexpected(error, f"writing stream {self._id}"))
+
+    async def _put(self, pipe: Pipe, frame: _Frame, reply: Reply) -> None:
+        """Write one reply, and keep it where it may have to be written again."""
+        message = self._message(frame, reply)
+        messages = None
+        if self.remains is not None:
+            if reply.kind == "item":
+                self.remains.forget(frame.seq)
+            else:
+                messages = self.remains.keep(*message)
+        if messages is None:
+            await pipe.write(*message)
+        else:
+            await pipe.write_whole(messages)
+
+    def _leave_behind(self, frame: _Frame, remains: Remains) -> None:
+        """Decide what becomes of a frame whose client is out of reach."""
+        request, last = frame.request, frame.replies[-1] if frame.replies else None
+        if frame.is_ended and last is not None:
+            if len(frame.replies) == 1:
+                remains.keep(*self._message(frame, last))
+            else:
+                remains.forget(frame.seq)
+        elif request is not None and request.granted_s:
+            if find_method(self._spec, request.method).is_generator:
+                remains.forget(frame.seq)
+            else:
+                frame.runs_on = True
+                remains.runs_on(frame.seq)
 
     def _head(self) -> _Frame | None:
         """Return an open frame that has something to write; in order only the first may."""
@@ -501,14 +605,15 @@ class Stream:
         The client may send the next frame as soon as it sees the last of it.
         """
         seq = frame.seq
-        if reply.kind != "item":
-            del self._frames[seq]
+        if reply.kind != "item" and self._frames.pop(seq, None) is not None:
             self._open_bytes -= frame.size
             self._num_ended += 1
             if len(self._frames) < _CLOGGED_FRAMES:
                 self._flowing.set()
             if _logger.isEnabledFor(logging.DEBUG):
                 self._log_end(frame, reply)
+        if reply.kind == "resumed":
+            return seq, frames.renumbered(seq, reply.node), reply.block
         error = reply.error
         if error is None:
             try:
@@ -523,6 +628,9 @@ class Stream:
         return f"{self._id}/{frame.seq}"
 
     def _log_end(self, frame: _Frame, reply: Reply) -> None:
+        if frame.is_resumed:
+            _logger.debug("frame %s ends as it did on the stream before", self._trace(frame))
+            return
         if reply.error is not None or frame.request is None:
             _logger.debug("frame %s ends: %s", self._trace(frame), type(reply.error).__name__)
             return
@@ -593,12 +701,14 @@ class Stream:
 
     def _close(self) -> None:
         """Withdraw everything that has no end; nobody reads any more."""
+        if self._is_closed:
+            return
         self._is_closed = True
         for timer in (self._heartbeat, self._expiry, self._grace):
             if timer is not None:
                 timer.cancel()
         for frame in self._frames.values():
-            if frame.request is not None:
+            if frame.request is not None and not frame.runs_on:
                 self._manager.cancel(frame.request.id)
             elif frame.input is not None:
                 frame.input.release()

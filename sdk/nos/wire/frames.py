@@ -36,6 +36,8 @@ _DATA_FIELD = 15
 _DATA_TAG = bytes([_DATA_FIELD << 3 | 2])
 #: `seq` of both messages of a stream, and what follows it in them: a frame or result, and a chunk.
 _SEQ_TAG, _BODY_TAG, _CHUNK = b"\x08", b"\x1a", b"\x22\x00"
+#: `acknowledged` of a request, which we write behind `seq`; `resumes` of a frame.
+_ACKNOWLEDGED_TAG, _RESUMES_TAG = b"\x48", b"\x30"
 #: Of a result: its value, its timings up to the size of the batch, and `data_bytes`.
 _VALUE_TAG, _DATA_BYTES_TAG = b"\x0a", b"\x20"
 _TIMINGS = struct.Struct("<BBBdBdBdBdB")
@@ -62,14 +64,26 @@ def with_data(header: bytes, buffers: Sequence[Buffer], size: int) -> bytes:
     return b"".join((header, _DATA_TAG, _varint(size), *buffers))
 
 
-def request_header(seq: int, frame: bytes) -> bytes:
+def request_header(seq: int, frame: bytes, acknowledged: int = 0) -> bytes:
     """Return the header of frame `seq`, a `StreamRequest`.
 
     Args:
         seq: Its number.
         frame: The serialized `Frame`.
+        acknowledged: Up to which frame all have their ends; 0 says nothing.
     """
-    return b"".join((_SEQ_TAG, _varint(seq), _BODY_TAG, _varint(len(frame)), frame))
+    ends = _ACKNOWLEDGED_TAG + _varint(acknowledged) if acknowledged else b""
+    return b"".join((_SEQ_TAG, _varint(seq), ends, _BODY_TAG, _varint(len(frame)), frame))
+
+
+def resumed(frame: bytes, seq: int) -> bytes:
+    """Return a serialized `Frame` that had the number `seq` on the stream before."""
+    return frame + _RESUMES_TAG + _varint(seq)
+
+
+def renumbered(seq: int, header: bytes) -> bytes:
+    """Return the header of a result, as `split_seq` cuts it, for another number."""
+    return _SEQ_TAG + _varint(seq) + header
 
 
 def result_header(seq: int, value: bytes, timings: Timings, data_bytes: int) -> bytes:
@@ -98,15 +112,22 @@ def chunk_header(seq: int) -> bytes:
     return _SEQ_TAG + _varint(seq) + _CHUNK
 
 
-def split_seq(header: bytes) -> tuple[int, bytes]:
-    """Return the number that a serialized message starts with, and the rest; (0, b"") if with none."""
+def split_seq(header: bytes) -> tuple[int, int, bytes]:
+    """Return the number that a serialized message starts with, what it acknowledges, and the rest.
+
+    Returns:
+        (0, 0, b"") if it starts with none.
+    """
     if header[:1] != _SEQ_TAG:
-        return 0, b""
+        return 0, 0, b""
     try:
         seq, end = _read_varint(header, 1)
+        acknowledged = 0
+        if header[end : end + 1] == _ACKNOWLEDGED_TAG:
+            acknowledged, end = _read_varint(header, end + 1)
     except _MalformedError:
-        return 0, b""
-    return seq, header[end:]
+        return 0, 0, b""
+    return seq, acknowledged, header[end:]
 
 
 def split(kind: type[M], raw: bytes) -> tuple[M, memoryview]:

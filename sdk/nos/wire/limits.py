@@ -41,6 +41,12 @@ ALIGNMENT_BYTES = 64
 #: A feature of streams: results are written as they are there, not in the order of their frames.
 UNORDERED: str = "unordered"
 
+#: A feature of streams: when the connection is lost, another stream takes its place and no end is lost.
+RESUME: str = "resume"
+
+#: Of a frame or result that is kept for that; more is lost with the connection.
+RESUMABLE_BYTES = 16 << 20
+
 #: Metadata keys.
 MODEL_KEY = "nos-model"
 TICKET_KEY = "nos-ticket-bin"

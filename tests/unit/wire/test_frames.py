@@ -75,6 +75,22 @@ def test_headers_written_by_hand_are_those_of_stubs(seq, data_bytes, batch_size)
     assert frames.chunk_header(seq) == chunk.SerializeToString()
 
 
+@pytest.mark.parametrize("acknowledged", [0, 1, 300, (1 << 64) - 1])
+def test_a_frame_says_what_it_acknowledges_and_is_else_the_same(acknowledged):
+    frame = inference_pb2.Frame(method="m", data_bytes=7)
+    raw = frames.request_header(1000, frame.SerializeToString(), acknowledged)
+    request = inference_pb2.StreamRequest(seq=1000, frame=frame, acknowledged=acknowledged)
+    assert frames.parse(inference_pb2.StreamRequest, raw) == request
+    plain = frames.request_header(1000, frame.SerializeToString())
+    assert frames.split_seq(raw) == (1000, acknowledged, frames.split_seq(plain)[2])
+
+
+def test_a_frame_that_is_sent_again_says_which_it_was():
+    frame = inference_pb2.Frame(method="m", data_bytes=7)
+    again = inference_pb2.Frame.FromString(frames.resumed(frame.SerializeToString(), 300))
+    assert again == inference_pb2.Frame(method="m", data_bytes=7, resumes=300)
+
+
 @pytest.mark.parametrize("raw", [b"", b"\x08", b"\x08\x80", b"\x1a\x00", b"\x10\x01"])
 def test_a_message_that_starts_with_no_number_has_none(raw):
-    assert frames.split_seq(raw) == (0, b"")
+    assert frames.split_seq(raw) == (0, 0, b"")

@@ -26,7 +26,7 @@ from nos.wire.v1 import errors_pb2 as nos_dot_v1_dot_errors__pb2
 from nos.wire.v1 import values_pb2 as nos_dot_v1_dot_values__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16nos/v1/inference.proto\x12\x06nos.v1\x1a\x13nos/v1/errors.proto\x1a\x13nos/v1/values.proto\"b\n\nRunRequest\x12\x0e\n\x06method\x18\x01 \x01(\t\x12#\n\targuments\x18\x02 \x03(\x0b\x32\x10.nos.v1.Argument\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"[\n\x0bRunResponse\x12\x1c\n\x05value\x18\x01 \x01(\x0b\x32\r.nos.v1.Value\x12 \n\x07timings\x18\x02 \x01(\x0b\x32\x0f.nos.v1.Timings\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"i\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x14\n\x0c\x62\x61tch_wait_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x10\n\x08server_s\x18\x04 \x01(\x01\x12\x12\n\nbatch_size\x18\x05 \x01(\r\"\xa3\x02\n\rStreamRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x1e\n\x05hello\x18\x02 \x01(\x0b\x32\r.nos.v1.HelloH\x00\x12\x1e\n\x05\x66rame\x18\x03 \x01(\x0b\x32\r.nos.v1.FrameH\x00\x12\x1e\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\r.nos.v1.ChunkH\x00\x12 \n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x0e.nos.v1.CancelH\x00\x12 \n\x06\x63redit\x18\x06 \x01(\x0b\x32\x0e.nos.v1.CreditH\x00\x12&\n\theartbeat\x18\x07 \x01(\x0b\x32\x11.nos.v1.HeartbeatH\x00\x12\"\n\x07renewal\x18\x08 \x01(\x0b\x32\x0f.nos.v1.RenewalH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x07\n\x05\x65vent\"\xce\x02\n\x0eStreamResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\"\n\x07welcome\x18\x02 \x01(\x0b\x32\x0f.nos.v1.WelcomeH\x00\x12 \n\x06result\x18\x03 \x01(\x0b\x32\x0e.nos.v1.ResultH\x00\x12\x1e\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\r.nos.v1.ChunkH\x00\x12\x1e\n\x05\x65rror\x18\x05 \x01(\x0b\x32\r.nos.v1.ErrorH\x00\x12\"\n\x07\x64ropped\x18\x06 \x01(\x0b\x32\x0f.nos.v1.DroppedH\x00\x12 \n\x06\x63redit\x18\x07 \x01(\x0b\x32\x0e.nos.v1.CreditH\x00\x12&\n\theartbeat\x18\x08 \x01(\x0b\x32\x11.nos.v1.HeartbeatH\x00\x12$\n\x08\x64raining\x18\t \x01(\x0b\x32\x10.nos.v1.DrainingH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x07\n\x05\x65vent\"G\n\x05Hello\x12\x14\n\x08versions\x18\x01 \x03(\rB\x02\x10\x01\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x16\n\x0e\x63lient_version\x18\x03 \x01(\t\"X\n\nLocalHello\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x15\n\rrequest_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cresult_bytes\x18\x04 \x01(\x04\"\x83\x01\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x11\n\tstream_id\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\r\x12\x15\n\rwindow_frames\x18\x05 \x01(\r\x12\x14\n\x0cwindow_bytes\x18\x06 \x01(\x04\"t\n\x05\x46rame\x12\x0e\n\x06method\x18\x01 \x01(\t\x12#\n\targuments\x18\x02 \x03(\x0b\x32\x10.nos.v1.Argument\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x12\n\ndata_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07is_bulk\x18\x05 \x01(\x08\"\x07\n\x05\x43hunk\"\x08\n\x06\x43\x61ncel\"\'\n\x06\x43redit\x12\x0e\n\x06\x66rames\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x0b\n\tHeartbeat\"\x19\n\x07Renewal\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\"j\n\x06Result\x12\x1c\n\x05value\x18\x01 \x01(\x0b\x32\r.nos.v1.Value\x12 \n\x07timings\x18\x02 \x01(\x0b\x32\x0f.nos.v1.Timings\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\x12\n\ndata_bytes\x18\x04 \x01(\x04\"\x18\n\x07\x44ropped\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\"\x1b\n\x08\x44raining\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\x32\x7f\n\x10InferenceService\x12.\n\x03Run\x12\x12.nos.v1.RunRequest\x1a\x13.nos.v1.RunResponse\x12;\n\x06Stream\x12\x15.nos.v1.StreamRequest\x1a\x16.nos.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16nos/v1/inference.proto\x12\x06nos.v1\x1a\x13nos/v1/errors.proto\x1a\x13nos/v1/values.proto\"b\n\nRunRequest\x12\x0e\n\x06method\x18\x01 \x01(\t\x12#\n\targuments\x18\x02 \x03(\x0b\x32\x10.nos.v1.Argument\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"[\n\x0bRunResponse\x12\x1c\n\x05value\x18\x01 \x01(\x0b\x32\r.nos.v1.Value\x12 \n\x07timings\x18\x02 \x01(\x0b\x32\x0f.nos.v1.Timings\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"i\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x14\n\x0c\x62\x61tch_wait_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x10\n\x08server_s\x18\x04 \x01(\x01\x12\x12\n\nbatch_size\x18\x05 \x01(\r\"\xb9\x02\n\rStreamRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x1e\n\x05hello\x18\x02 \x01(\x0b\x32\r.nos.v1.HelloH\x00\x12\x1e\n\x05\x66rame\x18\x03 \x01(\x0b\x32\r.nos.v1.FrameH\x00\x12\x1e\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\r.nos.v1.ChunkH\x00\x12 \n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x0e.nos.v1.CancelH\x00\x12 \n\x06\x63redit\x18\x06 \x01(\x0b\x32\x0e.nos.v1.CreditH\x00\x12&\n\theartbeat\x18\x07 \x01(\x0b\x32\x11.nos.v1.HeartbeatH\x00\x12\"\n\x07renewal\x18\x08 \x01(\x0b\x32\x0f.nos.v1.RenewalH\x00\x12\x14\n\x0c\x61\x63knowledged\x18\t \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x07\n\x05\x65vent\"\xce\x02\n\x0eStreamResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\"\n\x07welcome\x18\x02 \x01(\x0b\x32\x0f.nos.v1.WelcomeH\x00\x12 \n\x06result\x18\x03 \x01(\x0b\x32\x0e.nos.v1.ResultH\x00\x12\x1e\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\r.nos.v1.ChunkH\x00\x12\x1e\n\x05\x65rror\x18\x05 \x01(\x0b\x32\r.nos.v1.ErrorH\x00\x12\"\n\x07\x64ropped\x18\x06 \x01(\x0b\x32\x0f.nos.v1.DroppedH\x00\x12 \n\x06\x63redit\x18\x07 \x01(\x0b\x32\x0e.nos.v1.CreditH\x00\x12&\n\theartbeat\x18\x08 \x01(\x0b\x32\x11.nos.v1.HeartbeatH\x00\x12$\n\x08\x64raining\x18\t \x01(\x0b\x32\x10.nos.v1.DrainingH\x00\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x07\n\x05\x65vent\"X\n\x05Hello\x12\x14\n\x08versions\x18\x01 \x03(\rB\x02\x10\x01\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x16\n\x0e\x63lient_version\x18\x03 \x01(\t\x12\x0f\n\x07resumes\x18\x04 \x01(\t\"X\n\nLocalHello\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x15\n\rrequest_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cresult_bytes\x18\x04 \x01(\x04\"\x83\x01\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x11\n\tstream_id\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\r\x12\x15\n\rwindow_frames\x18\x05 \x01(\r\x12\x14\n\x0cwindow_bytes\x18\x06 \x01(\x04\"\x85\x01\n\x05\x46rame\x12\x0e\n\x06method\x18\x01 \x01(\t\x12#\n\targuments\x18\x02 \x03(\x0b\x32\x10.nos.v1.Argument\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x12\n\ndata_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07is_bulk\x18\x05 \x01(\x08\x12\x0f\n\x07resumes\x18\x06 \x01(\x04\"\x07\n\x05\x43hunk\"\x08\n\x06\x43\x61ncel\"\'\n\x06\x43redit\x12\x0e\n\x06\x66rames\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x0b\n\tHeartbeat\"\x19\n\x07Renewal\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\"j\n\x06Result\x12\x1c\n\x05value\x18\x01 \x01(\x0b\x32\r.nos.v1.Value\x12 \n\x07timings\x18\x02 \x01(\x0b\x32\x0f.nos.v1.Timings\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\x12\n\ndata_bytes\x18\x04 \x01(\x04\"\x18\n\x07\x44ropped\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\"\x1b\n\x08\x44raining\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\x32\x7f\n\x10InferenceService\x12.\n\x03Run\x12\x12.nos.v1.RunRequest\x1a\x13.nos.v1.RunResponse\x12;\n\x06Stream\x12\x15.nos.v1.StreamRequest\x1a\x16.nos.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,33 +42,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIMINGS']._serialized_start=269
   _globals['_TIMINGS']._serialized_end=374
   _globals['_STREAMREQUEST']._serialized_start=377
-  _globals['_STREAMREQUEST']._serialized_end=668
-  _globals['_STREAMRESPONSE']._serialized_start=671
-  _globals['_STREAMRESPONSE']._serialized_end=1005
-  _globals['_HELLO']._serialized_start=1007
-  _globals['_HELLO']._serialized_end=1078
-  _globals['_LOCALHELLO']._serialized_start=1080
-  _globals['_LOCALHELLO']._serialized_end=1168
-  _globals['_WELCOME']._serialized_start=1171
-  _globals['_WELCOME']._serialized_end=1302
-  _globals['_FRAME']._serialized_start=1304
-  _globals['_FRAME']._serialized_end=1420
-  _globals['_CHUNK']._serialized_start=1422
-  _globals['_CHUNK']._serialized_end=1429
-  _globals['_CANCEL']._serialized_start=1431
-  _globals['_CANCEL']._serialized_end=1439
-  _globals['_CREDIT']._serialized_start=1441
-  _globals['_CREDIT']._serialized_end=1480
-  _globals['_HEARTBEAT']._serialized_start=1482
-  _globals['_HEARTBEAT']._serialized_end=1493
-  _globals['_RENEWAL']._serialized_start=1495
-  _globals['_RENEWAL']._serialized_end=1520
-  _globals['_RESULT']._serialized_start=1522
-  _globals['_RESULT']._serialized_end=1628
-  _globals['_DROPPED']._serialized_start=1630
-  _globals['_DROPPED']._serialized_end=1654
-  _globals['_DRAINING']._serialized_start=1656
-  _globals['_DRAINING']._serialized_end=1683
-  _globals['_INFERENCESERVICE']._serialized_start=1685
-  _globals['_INFERENCESERVICE']._serialized_end=1812
+  _globals['_STREAMREQUEST']._serialized_end=690
+  _globals['_STREAMRESPONSE']._serialized_start=693
+  _globals['_STREAMRESPONSE']._serialized_end=1027
+  _globals['_HELLO']._serialized_start=1029
+  _globals['_HELLO']._serialized_end=1117
+  _globals['_LOCALHELLO']._serialized_start=1119
+  _globals['_LOCALHELLO']._serialized_end=1207
+  _globals['_WELCOME']._serialized_start=1210
+  _globals['_WELCOME']._serialized_end=1341
+  _globals['_FRAME']._serialized_start=1344
+  _globals['_FRAME']._serialized_end=1477
+  _globals['_CHUNK']._serialized_start=1479
+  _globals['_CHUNK']._serialized_end=1486
+  _globals['_CANCEL']._serialized_start=1488
+  _globals['_CANCEL']._serialized_end=1496
+  _globals['_CREDIT']._serialized_start=1498
+  _globals['_CREDIT']._serialized_end=1537
+  _globals['_HEARTBEAT']._serialized_start=1539
+  _globals['_HEARTBEAT']._serialized_end=1550
+  _globals['_RENEWAL']._serialized_start=1552
+  _globals['_RENEWAL']._serialized_end=1577
+  _globals['_RESULT']._serialized_start=1579
+  _globals['_RESULT']._serialized_end=1685
+  _globals['_DROPPED']._serialized_start=1687
+  _globals['_DROPPED']._serialized_end=1711
+  _globals['_DRAINING']._serialized_start=1713
+  _globals['_DRAINING']._serialized_end=1740
+  _globals['_INFERENCESERVICE']._serialized_start=1742
+  _globals['_INFERENCESERVICE']._serialized_end=1869
 # @@protoc_insertion_point(module_scope)

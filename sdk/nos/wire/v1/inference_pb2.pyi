@@ -146,9 +146,14 @@ class StreamRequest(_message.Message):
     CREDIT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     RENEWAL_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Which frame it belongs to: 1, 2, 3, ... in the order sent; 0 for messages about the stream itself."""
+    acknowledged: _builtins.int
+    """With the feature `resume`: every frame up to this one has its end at the client, so that the server need
+    not keep it; 0 says nothing.
+    """
     data: _builtins.bytes
     """Bytes of a frame or chunk. At most 1 MiB when our SDK wrote it; the server's limit is 16 MiB."""
     @_builtins.property
@@ -190,11 +195,12 @@ class StreamRequest(_message.Message):
         credit: Global___Credit | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         renewal: Global___Renewal | None = ...,
+        acknowledged: _builtins.int = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "chunk", b"chunk", "credit", b"credit", "event", b"event", "frame", b"frame", "heartbeat", b"heartbeat", "hello", b"hello", "renewal", b"renewal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "chunk", b"chunk", "credit", b"credit", "data", b"data", "event", b"event", "frame", b"frame", "heartbeat", b"heartbeat", "hello", b"hello", "renewal", b"renewal", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "cancel", b"cancel", "chunk", b"chunk", "credit", b"credit", "data", b"data", "event", b"event", "frame", b"frame", "heartbeat", b"heartbeat", "hello", b"hello", "renewal", b"renewal", "seq", b"seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "frame", "chunk", "cancel", "credit", "heartbeat", "renewal"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -287,15 +293,20 @@ class Hello(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     CLIENT_VERSION_FIELD_NUMBER: _builtins.int
+    RESUMES_FIELD_NUMBER: _builtins.int
     client_version: _builtins.str
     """Version of the client program, for logs."""
+    resumes: _builtins.str
+    """The stream that this one takes the place of, as its `stream_id`, with the feature `resume`; empty for none."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Protocol versions the client speaks."""
 
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional abilities it has, by name: `unordered` has results written as they are there."""
+        """Optional abilities it has, by name: `unordered` has results written as they are there, `resume` has the
+        server keep ends that were not acknowledged for a while when the connection is lost.
+        """
 
     def __init__(
         self,
@@ -303,10 +314,11 @@ class Hello(_message.Message):
         versions: _abc.Iterable[_builtins.int] | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         client_version: _builtins.str = ...,
+        resumes: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_version", b"client_version", "features", b"features", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_version", b"client_version", "features", b"features", "resumes", b"resumes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,6 +415,7 @@ class Frame(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     DATA_BYTES_FIELD_NUMBER: _builtins.int
     IS_BULK_FIELD_NUMBER: _builtins.int
+    RESUMES_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """The method; empty means `__call__`."""
     timeout_s: _builtins.float
@@ -411,6 +424,11 @@ class Frame(_message.Message):
     """Bytes of the whole frame; what this message's `data` lacks follows in chunks, in order."""
     is_bulk: _builtins.bool
     """Whether it is part of a large job: the frames and calls of others go first."""
+    resumes: _builtins.int
+    """The number that it had on the stream that this one takes the place of; 0 for a new frame. Where it ran
+    there, its end is that one and it does not run again; where that is not known any more it ends in
+    UNAVAILABLE.
+    """
     @_builtins.property
     def arguments(self) -> _containers.RepeatedCompositeFieldContainer[_values_pb2.Argument]:
         """The arguments."""
@@ -423,10 +441,11 @@ class Frame(_message.Message):
         timeout_s: _builtins.float = ...,
         data_bytes: _builtins.int = ...,
         is_bulk: _builtins.bool = ...,
+        resumes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "data_bytes", b"data_bytes", "is_bulk", b"is_bulk", "method", b"method", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "data_bytes", b"data_bytes", "is_bulk", b"is_bulk", "method", b"method", "resumes", b"resumes", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
