@@ -56,6 +56,7 @@ def num_running(plane):
     return plane.status()["num_running"]
 
 
+@pytest.mark.accept("D7", "A6")
 @pytest.mark.parametrize("is_noticed", [True, False])
 def test_frames_that_ran_answer_as_they_did_and_others_run(plane, is_noticed):
     first = next(numbers)
