@@ -125,7 +125,7 @@ def jupyter(
     notebooks.mkdir(exist_ok=True)
     log_path = folder / "jupyter.log"
     port = free_port()
-    base_url = "/" if app == "lab" else "/a%40b/"
+    base_url = "/a%40b/"
     command = [
         sys.executable,
         "-m",

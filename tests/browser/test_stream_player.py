@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 
 from tests.accept import Accept
 from tests.browser.lab import Jupyter
-from tests.browser.page import Lab
+from tests.browser.page import KERNEL, Lab
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -21,8 +21,17 @@ WITHOUT_EXTENSION = """() => {
 }"""
 
 
+BUSY = "while True:\n    pass"
+RUNS = """() => window.jupyterapp.shell.currentWidget.content.widgets.at(-1)
+  .inputArea?.promptNode.textContent.includes('*')"""
+#: What a browser says whose user refuses, or whose machine has none.
+WITHOUT_CAMERA = """(name) => {
+  navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('', name));
+}"""
+
+
 def number(opened: Lab, name: str) -> float:
-    return float(opened.page.locator(PLAYER).get_attribute(f"data-{name}") or 0)
+    return float(opened.page.locator(PLAYER).first.get_attribute(f"data-{name}") or 0)
 
 
 def wait_shown(opened: Lab, count: int) -> None:
@@ -31,11 +40,25 @@ def wait_shown(opened: Lab, count: int) -> None:
     )
 
 
+def play_on_while_busy(opened: Lab, count: int) -> None:
+    """Run the last cell, which computes until it is interrupted; wait for so many frames meanwhile."""
+    opened.page.evaluate("""() => {
+      const cells = window.jupyterapp.shell.currentWidget.content;
+      cells.activeCellIndex = cells.widgets.length - 1;
+      window.jupyterapp.commands.execute('notebook:run-cell');
+    }""")
+    opened.page.wait_for_function(RUNS)
+    wait_shown(opened, int(number(opened, "shown")) + count)
+    assert opened.page.evaluate(RUNS)
+    opened.page.evaluate(f"() => {KERNEL}.interrupt()")
+    opened.page.wait_for_function(RUNS.replace("=> ", "=> !"))
+
+
 @pytest.mark.accept("G2")
 def test_frames_of_the_camera_go_through_the_server(
     jupyter_lab: Jupyter, opened: Lab, accept: Accept
 ) -> None:
-    opened.start(jupyter_lab, "camera.ipynb", [LOAD, "%nos stream nos/edges"])
+    opened.start(jupyter_lab, "camera.ipynb", [LOAD, "%nos stream nos/edges"], BUSY)
     page = opened.page
     page.get_by_role("button", name="Play the camera").click()
     wait_shown(opened, 30)
@@ -43,8 +66,20 @@ def test_frames_of_the_camera_go_through_the_server(
     # 25 per second where nothing else runs; a busy machine still shows pictures.
     accept.figure(number(opened, "fps"), 25.0, "fps", at_least=True)
     opened.shoot(PLAYER, "stream-player")
+    # As many as the figure is made of.
+    play_on_while_busy(opened, 60)
+    accept.figure(number(opened, "fps"), 25.0, "fps beside a busy cell", at_least=True)
     page.get_by_role("button", name="Stop playing").click()
     expect(page.locator(PLAYER)).to_have_attribute("data-playing", "false")
+    for name, sentence in (
+        ("NotAllowedError", "the browser refused the camera"),
+        ("NotFoundError", "this machine has no camera"),
+    ):
+        page.evaluate(WITHOUT_CAMERA, name)
+        page.get_by_role("button", name="Play the camera").click()
+        expect(page.locator(".nos-error")).to_contain_text(sentence)
+    page.evaluate(f"() => {KERNEL}.restart()")
+    expect(page.locator(".nos-status")).to_have_text("its kernel is gone: run the cell again")
 
 
 @pytest.mark.accept("G2")
@@ -55,15 +90,15 @@ def test_without_the_extension_frames_go_through_the_kernel_and_so_do_those_of_t
         "import numpy as np\nimages = [np.full((48, 64, 3), n % 250, np.uint8) for n in range(40)]"
     )
     cells = [LOAD, images, "%nos stream nos/edges", "%nos stream nos/edges --source $images"]
-    opened.start(jupyter_lab, "kernel.ipynb", cells)
+    opened.start(jupyter_lab, "kernel.ipynb", cells, BUSY)
     page = opened.page
     page.evaluate(WITHOUT_EXTENSION)
     page.get_by_role("button", name="Play the camera").click()
     wait_shown(opened, 40)
     assert page.locator(PLAYER).first.get_attribute("data-road") == "kernel"
-    accept.figure(
-        float(page.locator(PLAYER).first.get_attribute("data-fps") or 0), 15, "fps", at_least=True
-    )
+    accept.figure(number(opened, "fps"), 15, "fps", at_least=True)
+    play_on_while_busy(opened, 60)
+    accept.figure(number(opened, "fps"), 15, "fps beside a busy cell", at_least=True)
     page.get_by_role("button", name="Stop playing").first.click()
     second = page.locator(PLAYER).nth(1)
     second.get_by_role("button", name="Play the frames of the notebook").click()

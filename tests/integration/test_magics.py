@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -320,11 +322,65 @@ def test_interrupting_ends_the_call_and_leaves_the_kernel_usable(
     kernel.good("%nos run nos/echo {1}")
 
 
+def test_an_interrupted_map_says_how_far_it_is_and_keeps_what_there_is(kernel: Kernel) -> None:
+    request = kernel.client.execute("%nos map fake/slow-alone {[0.0] * 3 + [8.0]} -o part")
+    said = ""
+    while "3 of 4" not in said:
+        message = kernel.client.get_iopub_msg(timeout=REPLY_S)
+        if message["parent_header"].get("msg_id") == request:
+            said = message["content"].get("data", {}).get("text/plain", "")
+    kernel.manager.interrupt_kernel()
+    while (reply := kernel.client.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != request:
+        pass
+    assert reply["content"]["ename"] == "KeyboardInterrupt"
+    assert kernel.good("len(part)").text == "3"
+
+
 @pytest.mark.accept("G1")
 def test_loading_the_extension_twice_changes_nothing(kernel: Kernel) -> None:
     kernel.good("%reload_ext nos")
     kernel.good("%load_ext nos")
     assert "ready" in kernel.good("%nos").text
+
+
+def test_two_notebooks_and_a_terminal_use_one_backend(
+    kernel: Kernel,
+    make_kernel: Callable[[], Kernel],
+    server: Server,
+    client: nos.Client,
+    tmp_path: Path,
+) -> None:
+    token = client.create_token("bob", role="author")
+    key = tmp_path / "bob"
+    key.write_text(token.secret)
+    kernel.good(ADDER.replace("me/adder", "me/shared"))
+    bob = make_kernel()
+    bob.good("%load_ext nos")
+    bob.good(f"%nos connect {server.address} --token-file {key}")
+    try:
+        assert "42" in bob.good("%nos run me/shared {41}").text
+        assert "another owner's" in bob.run("%nos unregister me/shared").error[0]
+        bob.good(ADDER.replace("me/adder", "bob/adder"))
+        assert "bob/adder" in kernel.good("%nos models").text
+        command = [sys.executable, "-m", "nos.cli", "--address", server.address]
+        terminal = subprocess.run(
+            [*command, "--token-file", str(key), "models"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        for name in ("me/shared", "bob/adder"):
+            assert name in terminal.stdout
+        for notebook in (kernel, bob):
+            assert notebook.good("import sys\n'torch' in sys.modules").text == "False"
+            pid = notebook.good("import os\nos.getpid()").text
+            # Who holds device memory has the driver mapped.
+            assert "nvidia" not in Path(f"/proc/{pid}/maps").read_text()
+    finally:
+        bob.run("%nos unregister bob/adder")
+        kernel.run("%nos unregister me/shared")
+        client.revoke_token(token.info.token_id)
 
 
 def test_help_lists_the_commands(kernel: Kernel) -> None:

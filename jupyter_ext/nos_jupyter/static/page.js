@@ -5,6 +5,7 @@
 
 const ALIVE_MS = 45000;
 const CHUNK_BYTES = 1 << 20;
+const PARTED = "its kernel is gone: run the cell again";
 export const MAX_UPLOAD_BYTES = 200 << 20;
 
 /** @param {number} count */
@@ -122,10 +123,14 @@ export function live(View) {
         post.take(message);
         view.take(message, buffers);
       };
+      const part = () => view.take({ type: "state", name: "lost", sentence: PARTED }, []);
       model.on("msg:custom", take);
+      // The kernel was restarted: nothing that this page says is heard any more.
+      model.on("comm_live_update", part);
       const rest = keepAlive(model);
       return () => {
         rest();
+        model.off("comm_live_update", part);
         model.off("msg:custom", take);
         view.close();
       };
