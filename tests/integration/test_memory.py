@@ -170,6 +170,19 @@ def test_a_model_says_for_how_long_it_stays_without_use() -> None:
         assert plane.model("lasting@v1")["state"] == "device"
 
 
+def test_an_executor_with_nothing_on_the_device_ends_and_its_models_come_back() -> None:
+    stays = model("stays", 1, owner="bob", options=", idle_unload_s=0")
+    given = options(idle_unload_s=0.1, executor_idle_s=0.1)
+    with running_plane({"stays": stays}, memory=given) as plane:
+        plane.load(model("a", 1))
+        plane.load(model("b", 1))
+        before = call(plane, "a")
+        wait_for(lambda: sorted(plane.executor_pids()) == ["bob"], "the idle executor ends")
+        assert plane.model("a@v1")["state"] == "host"
+        np.testing.assert_array_equal(call(plane, "a"), before)
+        assert not [event for event in plane.events if event[0] == "executor-lost"]
+
+
 @pytest.mark.accept("B2")
 def test_max_models_evicts_by_policy() -> None:
     with running_plane(

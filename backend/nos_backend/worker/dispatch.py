@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from nos.errors import ExecutorLostError, NosError, OutOfDeviceMemoryError
 
@@ -31,6 +31,7 @@ from nos_backend.worker.culprits import Culprits
 from nos_backend.worker.division import Division
 from nos_backend.worker.inputs import Input
 from nos_backend.worker.requests import Request, Run, failure, request_ids
+from nos_backend.worker.rescues import Rescues
 from nos_backend.worker.statistics import ModelStatistics
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["Dispatcher", "Request", "failure"]
 
 _logger = logging.getLogger(__name__)
-#: Models that leave the device for one batch, at most; beyond it the batch is the one that is too large.
-_MAX_RESCUES: Final = 8
 
 
 class Dispatcher:
@@ -104,8 +103,7 @@ class Dispatcher:
         self._timer: asyncio.TimerHandle | None = None
         #: By model: what its batches keep to since one did not go together; outlives a reload.
         self._caps: dict[str, Cap] = {}
-        #: Calls that ran out of memory and wait for room.
-        self._rescues: set[asyncio.Task[None]] = set()
+        self._rescues = Rescues(memory, self._executors.get)
 
     # What the manager may ask.
 
@@ -303,8 +301,7 @@ class Dispatcher:
             self._end(request_id, failure(error))
         if self._timer is not None:
             self._timer.cancel()
-        for rescue in self._rescues:
-            rescue.cancel()
+        self._rescues.close()
 
     def _may_run(self, request: Request) -> bool:
         """Whether a request is not known to end its executor; else it has ended."""
@@ -452,9 +449,11 @@ class Dispatcher:
         if reply.kind == "item":  # of a method that said it was no generator
             reply.release()
             return
-        if self._can_rescue(run, reply):
+        if self._rescues.can_help(run, reply):
             again = partial(self._call_joined, run, joined, arguments)
-            self._rescue(run, reply, again, partial(self._on_joined_reply, run, joined, arguments))
+            self._rescues.start(
+                run, reply, again, partial(self._on_joined_reply, run, joined, arguments)
+            )
             return
         if isinstance(reply.error, ExecutorLostError):
             self._lose(run, reply, reply.error)
@@ -551,14 +550,14 @@ class Dispatcher:
             return
         batch = run.batch
         plan = self._plans.get((request.model, request.method))
-        can_rescue = self._can_rescue(run, reply) and not (plan and plan.exact_rows)
+        can_rescue = self._rescues.can_help(run, reply) and not (plan and plan.exact_rows)
         if can_rescue and request.id not in run.streaming:
             again = partial(self._call_one, run, request, block)
-            self._rescue(run, reply, again, partial(self._on_reply, run, request, block))
+            self._rescues.start(run, reply, again, partial(self._on_reply, run, request, block))
             return
         reply = request.with_rows(reply, plan)
         if isinstance(reply.error, OutOfDeviceMemoryError):
-            reply = self._no_room(request, block, reply, reply.error)
+            reply = self._rescues.no_room(request, block, reply, reply.error)
         run.has_culprit |= reply.error is not None
         run.compare(request, reply)
         run.open.remove(request)
@@ -576,50 +575,6 @@ class Dispatcher:
             )
             self._apply(learnt)
         self._finish(batch)
-
-    # Out of memory: room is made and the call repeated; a batch that finds none runs call by call.
-
-    @staticmethod
-    def _can_rescue(run: Run, reply: Reply) -> bool:
-        return reply.can_repeat and run.num_rescues < _MAX_RESCUES
-
-    def _rescue(
-        self,
-        run: Run,
-        reply: Reply,
-        again: Callable[[], None],
-        give_up: Callable[[Reply], None],
-    ) -> None:
-        """Take another model off the device and call `again`; `give_up` where none can leave."""
-        run.num_rescues += 1
-
-        async def rescue() -> None:
-            has_room = await self._memory.make_room(run.batch.model)
-            if has_room or self._executors.get(run.batch.executor) is not run.executor:
-                reply.take_input()
-                again()  # on an executor that died meanwhile it ends at once
-            else:
-                run.num_rescues = _MAX_RESCUES
-                give_up(reply)
-
-        task = asyncio.create_task(rescue(), name=f"make room for {run.batch.model}")
-        self._rescues.add(task)
-        task.add_done_callback(self._rescues.discard)
-
-    def _no_room(
-        self, request: Request, block: Block | None, reply: Reply, error: OutOfDeviceMemoryError
-    ) -> Reply:
-        """Return the end of a request that does not fit although it is alone and nothing more can leave."""
-        reply.release()
-        input_bytes = len(block.view) if block is not None else 0
-        return failure(
-            OutOfDeviceMemoryError(
-                f"a call of {request.model} does not fit on the device: {error.message}",
-                expected=error.expected,
-                got=f"{input_bytes} bytes of input beside {self._memory.used_bytes} bytes of models",
-                hint="Send fewer rows at once, or unload other models",
-            )
-        )
 
     def _lose(self, run: Run, reply: Reply, error: ExecutorLostError) -> None:
         reply.release()

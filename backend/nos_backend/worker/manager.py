@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from nos.errors import (
@@ -122,6 +123,8 @@ class ModelManager:
             on_failed=self._on_load_failed,
             on_refused=self._on_refused,
         )
+        #: Slots whose executors are looked at again when they may have become idle.
+        self._watched: set[str] = set()
         max_batches = max_concurrent_batches or (cores if on_cpu else 1)
         self._dispatcher = Dispatcher(
             max_concurrent_batches=max_batches,
@@ -530,7 +533,38 @@ class ModelManager:
             else:
                 await executor.unload(key)
                 entry.is_bound = False
+        self._watch(entry.slot)
         return 0
+
+    def _watch(self, slot: Slot) -> None:
+        """See later whether an executor still has nothing on the device: its context takes room there."""
+        if slot.name not in self._watched:
+            self._watched.add(slot.name)
+            ending = partial(self._end_if_idle, slot)
+            self._loop.call_later(
+                self._options.executor_idle_s, lambda: self._spawn(ending(), f"watch {slot.name}")
+            )
+
+    async def _end_if_idle(self, slot: Slot) -> None:
+        self._watched.discard(slot.name)
+        async with slot.lock:
+            here = [item for item in self._entries.values() if item.slot is slot and not item.error]
+            is_needed = any(
+                self._memory.is_on_device(item.key)
+                or self._dispatcher.num_pending(item.key)
+                or not item.ready.done()
+                or not item.is_movable
+                for item in here
+            )
+            if self._is_closed or slot.executor is None or not here or is_needed:
+                return
+            left_s = max(item.left_s for item in here)
+            if left_s > self._loop.time() - self._options.executor_idle_s:
+                self._watch(slot)
+                return
+            for item in here:
+                item.is_bound = False
+            await self._slots.clear(slot)
 
     def _evicted(self) -> list[Entry]:
         """Return the models that are not on the device nor on their way."""

@@ -71,6 +71,9 @@ class MemoryOptions:
     """How many may be on the device at once; None means as many as fit."""
     idle_unload_s: float | None = None
     """After how long without use a model leaves the device although nobody needs the room; None: never."""
+    executor_idle_s: float = 30.0
+    """An executor ends that has had nothing on the device for so many seconds; its models are put together
+    again when they are wanted, without their constructors."""
     min_residency_s: float = 0.05
     """For how long a model that was loaded keeps its place, against thrash."""
     host_bytes: int | None = None

@@ -43,6 +43,10 @@ class Batch:
         time.sleep(0.02)
         return x[(x >= 0).all(-1)]
 
+    def doubled(self, x: Rows) -> Rows:
+        """Return each row twice: more than went in."""
+        return x.repeat(2, 1)
+
     def pixels(
         self, images: Annotated[torch.Tensor, "uint8[batch, height, width, 3]"]
     ) -> Annotated[torch.Tensor, "int64[batch, 3]"]:
@@ -73,6 +77,11 @@ class BatchLists(Batch):
         self.sizes.append(len(x))
         time.sleep(0.02)
         return {"x": x, "version": 3}
+
+
+@nos.model(name="fake/batch-labelled", isolation="process", batch=32)
+class BatchLabelled(BatchLists):
+    """The same, with a limit."""
 
 
 @nos.model(name="fake/batch-four", isolation="process", batch=4, queue_delay_s=0.1)
@@ -184,7 +193,8 @@ class BatchItems:
     def __call__(
         self, image: Annotated[np.ndarray, "uint8[height, width]"], plus: int = 0
     ) -> dict[str, Any]:
-        """Return its sum and itself; raise ValueError for one that begins with 13."""
+        """Return its sum and itself; takes 20 ms. Raise ValueError for one that begins with 13."""
+        time.sleep(0.02)
         if image[0, 0] == 13:
             raise ValueError("thirteen")
         return {"sum": int(image.sum()) + plus, "image": image}
