@@ -162,27 +162,28 @@ async def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     shuffled = chance.sample(models, len(models))
     weights = [1 / rank for rank in range(1, len(models) + 1)]
     trace = chance.choices(shuffled, weights, k=options.requests)
-    found = {}
-    for policy in ("lru", "fifo", "lfu", "gdsf"):
-        found[policy] = await keep_all(models, trace, capacity_bytes, policy)
-    found["nothing kept"] = await keep_nothing(sizes, trace, capacity_bytes)
     print(
         f"{len(models)} models, {sum(sizes.values()) / 1e6:.0f} MB; "
-        f"device {capacity_bytes / 1e6:.0f} MB; {len(trace)} requests"
+        f"device {capacity_bytes / 1e6:.0f} MB; {len(trace)} requests",
+        flush=True,
     )
     figures = {}
-    for name, (hits, seconds) in found.items():
+    for name in ("lru", "fifo", "lfu", "gdsf", "nothing kept"):
+        if name == "nothing kept":
+            hits, seconds = await keep_nothing(sizes, trace, capacity_bytes)
+        else:
+            hits, seconds = await keep_all(models, trace, capacity_bytes, name)
         ordered = sorted(seconds)
-        figures[name] = {
+        row = figures[name] = {
             "hit_rate": hits / len(trace),
             "mean_ms": statistics.fmean(seconds) * 1e3,
             "p50_ms": ordered[len(ordered) // 2] * 1e3,
             "p99_ms": ordered[int(len(ordered) * 0.99)] * 1e3,
         }
-        row = figures[name]
         print(
             f"  {name:<14} hits {row['hit_rate']:6.1%}   mean {row['mean_ms']:8.3f} ms"
-            f"   p50 {row['p50_ms']:8.3f} ms   p99 {row['p99_ms']:8.3f} ms"
+            f"   p50 {row['p50_ms']:8.3f} ms   p99 {row['p99_ms']:8.3f} ms",
+            flush=True,
         )
     return figures
 

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 
 #: Less than the models need together, so that they make room for one another all the time.
 CAPACITY = "100MiB"
-#: An executor is killed at most once in so long: three crashes of a model within 60 s quarantine it.
+#: One of an owner is killed at most once in so long: three crashes of a model within 60 s quarantine it.
 KILL_S = 31.0
+#: Executors of one model that are younger may construct it: one that is killed is its model's failure.
+SERVING_S = 20.0
 LINE_S = 60.0
 #: Load before what is held is looked at first: allocators and caches fill.
 WARM_UP_S = 20.0
@@ -285,7 +287,7 @@ class Load:
 
 
 class Killer:
-    """Kills executors, each at most once in `KILL_S`."""
+    """Kills executors, of each owner at most one in `KILL_S`."""
 
     def __init__(self, supervisor: psutil.Process, faults: collections.Counter[str]) -> None:
         self._supervisor = supervisor
@@ -299,9 +301,12 @@ class Killer:
         for process in self._supervisor.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 name = process.name()
-                owner = name.rpartition("-")[0]
+                if not name.startswith("nos:") or "forkserver" in name:
+                    continue
+                owner, _, its_model = name.partition("-")[0].partition("/")
+                is_young = time.time() - process.create_time() < SERVING_S
                 last_s = self._killed_s.get(owner, float("-inf"))
-                if name.startswith("nos:") and owner and time.monotonic() - last_s > KILL_S:
+                if time.monotonic() - last_s > KILL_S and not (its_model and is_young):
                     found.append((owner, process.pid))
         if found:
             owner, pid = random.choice(found)

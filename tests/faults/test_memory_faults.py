@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from nos.errors import ExecutorLostError, OutOfDeviceMemoryError
+from nos.errors import ExecutorLostError, OutOfDeviceMemoryError, QuarantinedError
 from nos_backend.definition import ModelDefinition
 
 from tests.accept import Accept
@@ -75,6 +75,25 @@ def test_a_model_on_its_way_to_the_device_is_served_where_it_was_moved_to() -> N
             os.kill(pid, signal.SIGKILL)
             assert np.array_equal(stream.result()[1], expected)
         assert sorted(plane.executor_pids()) == ["ann/a@v1"]
+
+
+@pytest.mark.accept("B9")
+def test_a_model_that_fails_on_its_way_to_the_device_leaves_the_room_to_others() -> None:
+    models = {"a": model("a", 1), "b": model("b", 1, owner="bob")}
+    tight = options(idle_unload_s=0.05, capacity_bytes=3 * MB // 2)
+    with running_plane(models, memory=tight) as plane:
+        outcomes = []
+        for _ in range(3):
+            wait_for(lambda: not on_device(plane), "all leave")
+            pid = plane.executor_pids()["ann"]
+            os.kill(pid, signal.SIGSTOP)  # it answers no reload
+            stream = plane.stream("a@v1")
+            stream.send(np.ones((1, 256), np.float32))
+            wait_for(lambda: plane.model("a@v1")["state"] == "loading", "it is on its way")
+            os.kill(pid, signal.SIGKILL)
+            outcomes.append(stream.result()[1])
+        assert isinstance(outcomes[-1], QuarantinedError)
+        assert call(plane, "b").shape == (1, 64)
 
 
 @pytest.mark.accept("B9")

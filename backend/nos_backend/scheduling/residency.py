@@ -73,6 +73,8 @@ class Removed:
     """A model is to be forgotten; it leaves the device first."""
 
     model: str
+    is_lost: bool = False
+    """The device memory is gone already, and nothing of it is to come back: it is forgotten at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +390,9 @@ class Residency:
                 self._leave(event.model, model)
             case Unwanted(is_lost=True):
                 model.running = 0
+                self._leave(event.model, model)
+            case Removed(is_lost=True):
+                model.is_leaving = True
                 self._leave(event.model, model)
             case Unwanted() | Removed():
                 model.wanted_s = None

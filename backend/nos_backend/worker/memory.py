@@ -292,8 +292,7 @@ class DeviceMemory:
         if record is None:
             return
         record.generation += 1
-        self._handle(Unwanted(key, is_lost=True))
-        self._handle(Removed(key))
+        self._handle(Removed(key, is_lost=True))
         self._end_waiters(key, error)
         self._records.pop(key, None)
 

@@ -194,6 +194,14 @@ def test_what_finds_no_room_does_not_wait_for_a_model_that_is_lost():
     assert no_room_beside_a().handle(Unwanted("a", is_lost=True), 5) == [Load("new")]
 
 
+def test_a_model_that_fails_on_its_way_to_the_device_takes_no_room():
+    state = device({"a": 10, "b": 10}, capacity_bytes=10)
+    assert state.handle(Wanted("a"), 1) == [Load("a")]
+    assert state.handle(Removed("a", is_lost=True), 2) == []
+    assert not state.knows("a")
+    assert state.handle(Wanted("b"), 3) == [Load("b")]
+
+
 def test_what_comes_back_fast_leaves_first_by_its_measured_time():
     state = device({"slow": 10, "fast": 10, "new": 10}, capacity_bytes=20, policy=eviction.gdsf)
     for now_s, (name, took_s) in enumerate({"slow": 0.5, "fast": 0.01}.items(), 1):
@@ -292,12 +300,17 @@ class RandomTrace(RuleBasedStateMachine):
         action = self.todo.pop(data.draw(st.integers(0, len(self.todo) - 1)))
         self.feed(Evicted(action.model) if isinstance(action, Evict) else end(action.model))
 
-    @rule(name=st.sampled_from(NAMES))
-    def lose(self, name):
-        """Its executor died."""
+    @rule(name=st.sampled_from(NAMES), fails=st.booleans())
+    def lose(self, name, fails):
+        """Its executor died, and it may have failed by that."""
         self.running = [other for other in self.running if other != name]
         self.todo = [action for action in self.todo if action.model != name]
-        self.feed(Unwanted(name, is_lost=True))
+        if fails:
+            self.feed(Removed(name, is_lost=True))
+            assert not self.state.knows(name)
+            self.feed(Added(name, Footprint(weight_bytes=20), pinned=name == self.pinned))
+        else:
+            self.feed(Unwanted(name, is_lost=True))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
