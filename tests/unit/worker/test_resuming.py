@@ -179,35 +179,32 @@ class Lossy(RuleBasedStateMachine):
         self.open[seq] = name, header, is_again
         self.up.extend(messages)
 
-    @rule()
-    def send(self):
-        if self.session.has_room(8):
-            self.num_sent += 1
-            header = inference_pb2.Frame(data_bytes=8).SerializeToString()
-            self.submit(self.num_sent, header, is_again=False)
-
     @rule(count=st.integers(1, 3))
-    def arrive(self, count):
-        for _ in range(min(count, len(self.up))):
-            self.servers[-1].receive(self.up.popleft())
+    def send(self, count):
+        for _ in range(count):
+            if self.session.has_room(8):
+                self.num_sent += 1
+                header = inference_pb2.Frame(data_bytes=8).SerializeToString()
+                self.submit(self.num_sent, header, is_again=False)
 
-    @rule(age=st.integers(0, 2))
-    def work(self, age):
-        server = self.servers[-1 - age % len(self.servers)]
-        if not server.is_lost:
+    @rule(num_up=st.integers(0, 4), num_ended=st.integers(0, 4), num_down=st.integers(0, 4))
+    def go_on(self, num_up, num_ended, num_down):
+        """Some frames arrive, some end and the next one runs, some results come back."""
+        server = self.servers[-1]
+        for _ in range(min(num_up, len(self.up))):
+            server.receive(self.up.popleft())
+        for _ in range(num_ended):
             server.start()
-
-    @rule(age=st.integers(0, 2))
-    def finish(self, age):
-        self.servers[-1 - age % len(self.servers)].finish()
-
-    @rule(count=st.integers(1, 3))
-    def take(self, count):
-        down = self.servers[-1].down
-        for _ in range(min(count, len(down))):
-            for event in self.session.receive(down.popleft()):
+            server.finish()
+        server.start()
+        for _ in range(min(num_down, len(server.down))):
+            for event in self.session.receive(server.down.popleft()):
                 assert isinstance(event, Done | Failed)
                 self.note(self.open.pop(event.seq)[0], event)
+
+    @rule(age=st.integers(1, 2))
+    def end_what_runs_on(self, age):
+        self.servers[-1 - age % len(self.servers)].finish()
 
     def note(self, name, event):
         assert name not in self.ends
@@ -232,13 +229,10 @@ class Lossy(RuleBasedStateMachine):
         assert all(count == 1 for count in self.runs.values())
 
     def teardown(self):
-        for _ in range(2 * WINDOW):
-            self.arrive(2 * WINDOW)
-            for server in self.servers:
-                if not server.is_lost:
-                    server.start()
-                server.finish()
-            self.take(2 * WINDOW)
+        for server in self.servers:
+            server.finish()
+        for _ in range(2):
+            self.go_on(2 * WINDOW, 2 * WINDOW, 2 * WINDOW)
         assert set(self.ends) == set(range(1, self.num_sent + 1))
 
 
