@@ -511,7 +511,7 @@ def is_running(pid: int) -> bool:
 async def test_what_a_model_prints_is_logged_and_kept(
     mix: Caller, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "nos_backend.executor.log")
+    caplog.set_level(logging.DEBUG, "nos_backend.executor.log")
     await mix("say", "hello from the model", 1)
     await until(lambda: "hello from the model" in mix.executor.log_tail())
     assert "test: hello from the model" in caplog.messages

@@ -708,7 +708,7 @@ class Executor(asyncio.Protocol):
         except BlockingIOError:
             return
         for line in self._log.feed(data, self._loop.time()):
-            log_output.info("%s: %s", self.name, line)
+            log_output.debug("%s: %s", self.name, line)
             self._on_line(self._speaker, line)
         if not data:
             self._loop.remove_reader(self._log_fd)
