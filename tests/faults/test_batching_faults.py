@@ -33,6 +33,7 @@ class Mark:
 NUM_STREAMS, WINDOW = 32, 16
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.accept("A6", "A7")
 def test_no_frame_of_a_batch_gets_the_answer_of_another(accept: Accept) -> None:
     num_rounds = 200 if accept.strict else 4
