@@ -17,6 +17,10 @@ _PATIENCE_S: Final = 5.0
 #: In the first message of every Dask comm, whoever opened it.
 _GREETING: Final = b"compression"
 _MAX_BYTES: Final = 4096
+#: What OpenSSL calls bytes that are no TLS.
+_NO_TLS: Final = frozenset(
+    {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"}
+)
 
 
 def check_scheduler(address: str, tls: TlsFiles | None) -> None:
@@ -42,6 +46,8 @@ def check_scheduler(address: str, tls: TlsFiles | None) -> None:
     try:
         said = _listen(connection) if tls is None else _listen_encrypted(connection, tls)
     except ssl.SSLError as error:
+        if isinstance(error, ssl.SSLEOFError) or error.reason in _NO_TLS:
+            raise _no_scheduler(address) from error
         raise ConfigError(
             f"the certificates do not match those of the scheduler at {address}",
             "tls_dir",
@@ -52,11 +58,15 @@ def check_scheduler(address: str, tls: TlsFiles | None) -> None:
     except OSError:  # it has hung up, or says nothing
         said = b""
     if _GREETING not in said:
-        raise UnavailableError(
-            f"what listens on {address} is no Dask scheduler, or speaks without TLS",
-            "scheduler",
-            "a Dask scheduler with the preload nos_backend.cluster.preload",
-        )
+        raise _no_scheduler(address)
+
+
+def _no_scheduler(address: str) -> UnavailableError:
+    return UnavailableError(
+        f"what listens on {address} is no Dask scheduler, or speaks without TLS",
+        "scheduler",
+        "a Dask scheduler with the preload nos_backend.cluster.preload",
+    )
 
 
 def _listen_encrypted(connection: socket.socket, tls: TlsFiles) -> bytes:

@@ -92,6 +92,14 @@ def test_what_is_no_scheduler_is_told_from_one(certs, monkeypatch):
         check_scheduler(f"tls://{web}", certs["client"])
 
 
+def test_a_scheduler_without_tls_is_not_asked_for_certificates(certs):
+    with (
+        listener(GREETING) as plain,
+        pytest.raises(UnavailableError, match="is no Dask scheduler, or speaks without TLS"),
+    ):
+        check_scheduler(f"tls://{plain}", certs["client"])
+
+
 def test_nobody_at_the_address_is_one_sentence(certs):
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
