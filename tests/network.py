@@ -36,13 +36,16 @@ class Host:
         self.inside = ("ip", "netns", "exec", self.name)
         try:
             run("ip", "netns", "add", self.name)
+            stack.callback(run, "ip", "netns", "del", self.name)
+            self._connect()
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
-        stack.callback(run, "ip", "netns", "del", self.name)
+
+    def _connect(self) -> None:
         run("ip", "link", "add", self._link, "type", "veth", "peer", "far", "netns", self.name)
         ends = (
             ((), self._link, self.gateway, self.address),
-            (*(self.inside, "far", self.address, self.gateway),),
+            (self.inside, "far", self.address, self.gateway),
         )
         for inside, device, own, other in ends:
             run(*inside, "ip", "address", "add", own, "peer", other, "dev", device)
