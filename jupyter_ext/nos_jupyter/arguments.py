@@ -277,6 +277,7 @@ def _add_widgets(command: Callable[[str, str], CommandParser]) -> None:
     sub.add_argument("--fps", type=float, default=30.0, metavar="N", help="at most; default 30")
     _method(sub)
     command("browse", "the catalogue, live")
+    command("cluster", "workers and replicas, live, and how many of them")
 
 
 def _add_own_models(command: Callable[[str, str], CommandParser]) -> None:

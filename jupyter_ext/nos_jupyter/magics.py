@@ -308,6 +308,12 @@ class NosMagics(Magics):
         self.client()
         return ModelBrowser(self.connect)
 
+    def _cluster(self, _: argparse.Namespace) -> Any:
+        from nos_jupyter.widgets import ClusterPanel
+
+        self.client()
+        return ClusterPanel(self.connect)
+
     def _register(self, options: argparse.Namespace) -> Any:
         if options.value is None:
             from nos_jupyter.widgets import RegisterModel

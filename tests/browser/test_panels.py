@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import nos
 import pytest
 from playwright.sync_api import Locator, expect
 
@@ -204,6 +205,36 @@ def test_a_backend_that_dies_is_said_and_found_again(
         expect(panel.locator(".nos-result")).to_contain_text("hello", timeout=60_000)
     finally:
         again.stop()
+
+
+@pytest.mark.accept("G2")
+def test_the_cluster_is_shown_and_scaled(
+    jupyter_lab: Jupyter, opened: Lab, client: nos.Client
+) -> None:
+    client.scale("nos/echo", replicas=1)
+    opened.start(jupyter_lab, "cluster.ipynb", [LOAD, "panel = %nos cluster\npanel"])
+    panel = opened.page.locator(".nos-cluster")
+    row = panel.locator(".nos-scaled[data-name^='nos/echo@']")
+    expect(row).to_contain_text("1 of 1", timeout=60_000)
+    expect(panel.locator(".nos-worker")).to_have_count(len(client.status().workers))
+    row.get_by_label("at least").fill("2")
+    row.get_by_label("at most").fill("2")
+    row.get_by_role("button", name="set").click()
+    expect(row).to_contain_text("1 of 2", timeout=60_000)
+    expect(row).to_contain_text("every worker that could has a replica already")
+    scaling = client.info("nos/echo").scaling
+    assert scaling is not None
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 2)
+    expect(panel.locator(".nos-events")).to_contain_text("to 2 replicas")
+    assert panel.get_by_role("link", name="dashboard").get_attribute("href", timeout=60_000)
+    opened.shoot(".nos-cluster", "cluster-panel")
+    row.get_by_label("at most").fill("1")
+    row.get_by_role("button", name="set").click()
+    expect(panel.get_by_role("alert")).to_contain_text("replicas", timeout=60_000)
+    row.get_by_label("at least").fill("0")
+    row.get_by_role("button", name="set").click()
+    expect(panel.get_by_role("alert")).to_have_count(0, timeout=60_000)
+    client.scale("nos/echo", replicas=1)
 
 
 def test_keys_typed_into_a_widget_stay_there(jupyter_lab: Jupyter, opened: Lab) -> None:

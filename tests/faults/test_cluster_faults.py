@@ -152,8 +152,8 @@ def test_a_killed_workers_model_is_served_again_and_the_gateway_is_told_at_once(
 def test_a_large_job_outlives_a_worker_with_each_row_once_and_in_its_place(control):
     control.scale(MODEL, replicas=2)
     wait_for(lambda: len(replicas(control)) == 2, "two replicas", PATIENCE_S)
-    waits_s = np.linspace(0.008, 0.012, 500)
-    blocks = control.model(MODEL).map_blocks(da.from_array(waits_s, chunks=125))
+    waits_s = np.linspace(0.008, 0.012, 1000)
+    blocks = control.model(MODEL).map_blocks(da.from_array(waits_s, chunks=250))
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(blocks.compute, scheduler="threads", num_workers=2)
         answered = counted(control)
