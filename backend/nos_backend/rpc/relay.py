@@ -128,6 +128,12 @@ class Relay:
             return UnavailableError(
                 f"worker {worker} is gone", "worker", "", "", "Try again: another one takes over"
             )
+        if failure.code() is grpc.StatusCode.INTERNAL and not has_detail:
+            # gRPC's own word for a write that came just behind the end of the stream.
+            self._resolver.forget(way.version.key, way.placement)
+            return UnavailableError(
+                f"worker {worker} ended the stream", "worker", hint="Try again: it is opened anew"
+            )
         if error.reason == Reason.UNAVAILABLE:
             # It is draining, or holds the model no more: the next call asks the cluster again.
             self._resolver.forget(way.version.key, way.placement)
