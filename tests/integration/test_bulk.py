@@ -118,9 +118,7 @@ def test_calls_go_before_the_rows_of_a_large_job(server, client, accept):
     client.unregister("counter")
     # In order of arrival there would be 16 rows between one call and the next.
     assert statistics.median(np.diff(numbers)) <= 8
-    accept.figure(
-        float(np.quantile(latencies_s, 0.99)), 0.3, "s p99 of calls beside rows of 0.1 s"
-    )
+    accept.figure(float(np.quantile(latencies_s, 0.99)), 0.3, "s p99 of calls beside rows of 0.1 s")
 
 
 def test_other_processes_find_the_token_by_themselves(server, client, monkeypatch):
