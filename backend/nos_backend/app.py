@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nos.errors import NosError
+from nos.errors import ConfigError, NosError
+from nos.wire.host import is_loopback
 
 from nos_backend import hub
 from nos_backend.cluster.certificates import TlsFiles
@@ -57,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(arguments: argparse.Namespace) -> int:
+    if arguments.tls_cert is None and not is_loopback(arguments.host):
+        raise ConfigError(
+            "a public address needs TLS",
+            "host",
+            "--tls-cert and --tls-key, or an address of loopback",
+            arguments.host,
+        )
     stop = _signals()
     blobs = BlobStore(arguments.state_dir / "blobs")
     registry = Registry(arguments.state_dir, blobs)

@@ -67,9 +67,9 @@ class Bounds:
     """What an executor is held to."""
 
     uid: int = 0
-    """User and group that it becomes; 0 stays the one it is, and root loses its capabilities."""
-    is_held: bool = True
-    """False leaves it what its user may do, but for more rights than that."""
+    """User and group that it becomes; 0 stays the one it is."""
+    is_held: bool = False
+    """Whether root loses its capabilities, where it stays root."""
     reads_as_root: bool = False
     """Whether that user may read what root may, where rules allow it: for a Python in root's own home."""
     home: str = ""
