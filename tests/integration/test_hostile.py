@@ -25,7 +25,7 @@ from tests.plane import definitions, running_plane
 #: What a server may say to nonsense: never that it failed, never what its code raised.
 DEFECTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 #: Methods that last have said nothing bad by then.
-PATIENCE_S = 0.1
+PATIENCE_S = 0.05
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "6"))
 #: What the process may grow by over all of it, gateway, workers and tests together.
 GROWTH_BYTES = 512 << 20

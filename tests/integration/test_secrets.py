@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import nbformat
 import nos
-import psutil
 import pytest
 from nbclient import NotebookClient
 from nos.errors import ModelError, NosError
@@ -144,8 +144,7 @@ def test_executors_and_their_fork_server_know_no_secret(server, secrets, told):
     assert len(environments) >= 2
     assert all(environments.values())
     assert [found_in(secrets, each) for each in environments.values()] == [[]] * len(environments)
-    # What was planted is there to be found.
-    with psutil.Process(server.process.pid).oneshot():
+    if os.geteuid() == 0:  # nobody else may look
         assert CANARY in Path(f"/proc/{server.process.pid}/environ").read_text()
 
 
