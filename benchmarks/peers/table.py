@@ -266,6 +266,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args()
+    # Servers are stopped also where this is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     missing = {name: why for name in VENV_OF if (why := _missing(name, options.peers))}
     if "load" in missing:
         raise SystemExit(f"the load generator cannot be installed: {missing['load']}")
