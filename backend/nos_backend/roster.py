@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import random
 import socket
 import sys
 from dataclasses import dataclass
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 _LOOPBACK: Final = "127.0.0.1"
 _DASHBOARD_PORT: Final = 8787
+#: Below Linux's default range for connections (net.ipv4.ip_local_port_range).
+_OWN_PORTS: Final = range(20000, 32768)
+_PORT_TRIES: Final = 20
 #: As many as `--workers` takes.
 _MAX_CPU_WORKERS: Final = 64
 #: Workers on one CUDA device: each has a context of its own there, of some 500 MB.
@@ -200,9 +205,16 @@ def share(devices: Sequence[str], num_workers: int) -> dict[str, str]:
 def reserve_port(host: str, port: int, flag: str) -> int:
     """Return `port`, or a free one for 0, after checking that it can be listened on.
 
+    A free one is sought below those that the kernel gives to connections, one of which could take it before
+    the process that it is for has started.
+
     Raises:
         ConfigError: If it cannot; it names `flag`.
     """
+    if port == 0:
+        for _ in range(_PORT_TRIES):
+            with contextlib.suppress(ConfigError):
+                return reserve_port(host, random.choice(_OWN_PORTS), flag)  # noqa: S311 - no secret
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
