@@ -67,7 +67,7 @@ def test_gateway_with_a_client_is_not_idle(flags, start):
     ("changes", "told"),
     [
         ({"--token-file": "/nowhere/token"}, "/nowhere/token"),
-        ({"--host": "203.0.113.1"}, "203.0.113.1:0"),
+        ({"--host": "203.0.113.1"}, "a public address needs TLS"),
         ({"--models": "/nowhere/models"}, "/nowhere/models"),
     ],
 )
