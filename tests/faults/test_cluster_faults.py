@@ -149,6 +149,7 @@ def test_a_killed_workers_model_is_served_again_and_the_gateway_is_told_at_once(
 
 
 @pytest.mark.accept("A6", "E7")
+@pytest.mark.long
 def test_a_large_job_outlives_a_worker_with_each_row_once_and_in_its_place(control):
     control.scale(MODEL, replicas=2)
     wait_for(lambda: len(replicas(control)) == 2, "two replicas", PATIENCE_S)

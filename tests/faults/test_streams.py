@@ -83,7 +83,9 @@ def holder(server, model):
 
 
 @pytest.mark.accept("D7", "A6")
-@pytest.mark.parametrize("via", ["local", pytest.param("direct", marks=pytest.mark.long), "relay"])
+@pytest.mark.parametrize(
+    "via", [*(pytest.param(via, marks=pytest.mark.long) for via in ("local", "direct")), "relay"]
+)
 def test_streams_continue_on_another_worker_when_theirs_is_killed(server, via):
     both_workers(server)
     pid = holder(server, "fake/slow")

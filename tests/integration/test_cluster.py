@@ -204,6 +204,7 @@ async def seen(events: list[ClusterEvent], kind: str, key: str = "test/double@v1
 
 
 @pytest.mark.asyncio
+@pytest.mark.long
 async def test_models_spread_over_workers(link):
     placed = [await link.load(definition(f"test/m{index}")) for index in range(4)]
     assert sorted(placement.worker for [placement] in placed) == ["a", "a", "b", "b"]
@@ -243,6 +244,7 @@ async def moved(link: ClusterLink, lost: str) -> bool:
 
 
 @pytest.mark.asyncio
+@pytest.mark.long
 async def test_the_only_workers_model_waits_for_its_replacement(cluster, link):
     cluster.kill("a")
     await until(lambda: num_workers(link), 1)
@@ -253,6 +255,7 @@ async def test_the_only_workers_model_waits_for_its_replacement(cluster, link):
 
 
 @pytest.mark.asyncio
+@pytest.mark.long
 async def test_a_lost_scheduler_is_found_again_with_all_that_was_wanted(cluster, link):
     called = asyncio.Event()
 
@@ -293,6 +296,7 @@ async def test_dask_scales_as_the_models_need_and_closes_no_worker_that_serves(l
 
 
 @pytest.mark.asyncio
+@pytest.mark.long
 async def test_a_worker_that_retires_hands_its_model_over_and_ends(cluster, link):
     [before] = await link.load(definition())
     await link.retire([before.worker])
@@ -318,6 +322,7 @@ async def unavailable(link: ClusterLink) -> bool:
 
 
 @pytest.mark.asyncio
+@pytest.mark.long
 async def test_workers_refuse_a_revoked_tokens_tickets_and_so_do_those_that_join(cluster):
     link, signer = ClusterLink(), TicketSigner.generate()
     await link.connect(cluster.address, cluster.tls.folder)

@@ -14,6 +14,7 @@ import pytest
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_clients_survive_a_fork_of_their_process():
     checks = Path(__file__).with_name("fork_checks.py")
     command = [

@@ -75,6 +75,7 @@ async def until_gone(*pids: int) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.long
 async def test_200_children_each_run_a_matmul_of_two_threads(forkserver: ForkServer) -> None:
     num_children = 0
     for _ in range(40):

@@ -188,6 +188,7 @@ def test_damaged_registry_is_said_in_the_status(tmp_path):
         server.stop()
 
 
+@pytest.mark.long
 def test_lost_source_is_a_load_error_that_says_what_to_do(tmp_path):
     server = serve(tmp_path)
     with sdk.connect(server.address, token_file=str(server.token_file)) as client:

@@ -106,6 +106,7 @@ def test_server_starts_quickly_and_says_where_it_is(tmp_path, accept):
         server.stop()
 
 
+@pytest.mark.long
 def test_idle_server_needs_little(shared_server, accept):
     time.sleep(3)  # what the start left to do
     processes = shared_server.processes()

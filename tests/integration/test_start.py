@@ -41,6 +41,7 @@ def test_start_makes_one_backend_however_many_ask(state):
 
 
 @pytest.mark.accept("A6")
+@pytest.mark.long
 def test_killed_worker_ends_calls_with_a_typed_error_and_the_next_ones_work(state, accept):
     client = nos.start(progress=False)
     client.register(
