@@ -85,8 +85,10 @@ class Follower(Generic[T]):
                 raise UnavailableError(self._state[1])
             return self._client
 
-    def on_page(self, kind: str) -> None:
-        """A page said `hello` or `alive`: go on, or start again."""
+    def on_page(self, kind: str | None) -> None:
+        """A page said something: at `hello` and `alive` go on, or start again."""
+        if kind not in ("hello", "alive"):
+            return
         self._seen_s = time.monotonic()
         if kind == "hello":
             self._tell_state()

@@ -284,16 +284,7 @@ def watch_events(status_interval_s: float, address: str) -> Rpc[types.Event]:
     """Follow the cluster."""
 
     def parse(raw: bytes) -> types.Event:
-        response = cluster_pb2.WatchEventsResponse.FromString(raw)
-        has_status = response.HasField("status")
-        return types.Event(
-            time_s=response.time_s,
-            kind=response.kind,
-            model=response.model,
-            worker=response.worker,
-            message=response.message,
-            status=to_status(response.status, address, "", {}) if has_status else None,
-        )
+        return _to_event(cluster_pb2.WatchEventsResponse.FromString(raw), address)
 
     request = cluster_pb2.WatchEventsRequest(status_interval_s=status_interval_s)
     return Rpc(_CLUSTER + "WatchEvents", request, parse)
@@ -436,16 +427,19 @@ def to_status(
             )
             for it in message.tenants
         ),
-        events=tuple(
-            types.Event(
-                time_s=it.time_s,
-                kind=it.kind,
-                model=it.model,
-                worker=it.worker,
-                message=it.message,
-            )
-            for it in message.events
-        ),
+        events=tuple(_to_event(event, address) for event in message.events),
+    )
+
+
+def _to_event(message: cluster_pb2.WatchEventsResponse, address: str) -> types.Event:
+    has_status = message.HasField("status")
+    return types.Event(
+        time_s=message.time_s,
+        kind=message.kind,
+        model=message.model,
+        worker=message.worker,
+        message=message.message,
+        status=to_status(message.status, address, "", {}) if has_status else None,
     )
 
 

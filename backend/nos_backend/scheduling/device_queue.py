@@ -280,7 +280,7 @@ class DeviceQueue:
         ends: list[Action] = [End(item, None) for item in live]
         if batch.is_suspect:
             self._clear_suspects(batch.requests)
-        elif model.cap is not None and not running.is_separate:
+        elif not running.is_separate:
             ends += self._went_together(model, batch, now_s)
         return ends + self._after_run(running, executor) + self._advance(now_s)
 

@@ -79,11 +79,9 @@ class ClusterPanel(anywidget.AnyWidget):
         kind = content.get("type")
         if kind in ("scale", "workers"):
             start_thread(self._scale, content, name="nos-scale")
-        if kind in ("hello", "alive"):
-            self._follower.on_page(kind)
-            status = self.status
-            if kind == "hello" and status is not None:
-                self.send({"type": "status", "status": _form(status)})
+        self._follower.on_page(kind)
+        if kind == "hello" and (status := self.status) is not None:
+            self.send({"type": "status", "status": _form(status)})
 
     def _scale(self, content: dict[str, Any]) -> None:
         low, high = int(content["min"]), int(content["max"])

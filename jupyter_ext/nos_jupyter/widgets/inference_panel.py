@@ -90,8 +90,7 @@ class InferencePanel(anywidget.AnyWidget):
         kind = content.get("type")
         if kind == "hello" and self._form is not None:
             self.send(self._form)
-        if kind in ("hello", "alive"):
-            self._follower.on_page(kind)
+        self._follower.on_page(kind)
 
     def _answer(self, message: dict[str, Any], buffers: list[bytes] | None = None) -> None:
         """Pass on what became of a call."""

@@ -82,8 +82,7 @@ class MemoryProfile(anywidget.AnyWidget):
                 samples = [sample.to_json() for sample in self._history.samples]
                 marks = [mark.to_json() for mark in self._history.marks]
                 self.send({"type": "history", "samples": samples, "marks": marks})
-        if kind in ("hello", "alive"):
-            self._follower.on_page(kind)
+        self._follower.on_page(kind)
 
     def _on_event(self, event: Event) -> None:
         if event.status is not None:

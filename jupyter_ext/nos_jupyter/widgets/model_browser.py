@@ -93,8 +93,7 @@ class ModelBrowser(anywidget.AnyWidget):
         if kind == "hello":
             with self._lock:
                 self.send({"type": "models", "models": list(self._forms.values())})
-        if kind in ("hello", "alive"):
-            self._follower.on_page(kind)
+        self._follower.on_page(kind)
 
     def _move(self, kind: str, name: str) -> None:
         try:

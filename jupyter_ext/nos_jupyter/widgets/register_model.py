@@ -84,8 +84,7 @@ class RegisterModel(anywidget.AnyWidget):
             start_thread(self._register, content, name="nos-register")
         elif kind == "hello":
             self.send(self._start)
-        if kind in ("hello", "alive"):
-            self._follower.on_page(kind)
+        self._follower.on_page(kind)
 
     def _check(self, content: dict[str, Any]) -> None:
         """Tell which classes the code defines, or what is wrong with it; runs none of it."""

@@ -129,7 +129,7 @@ class StreamPlayer(anywidget.AnyWidget):
                 self._changed.notify_all()
         elif kind == "still":
             self._keep(content, buffers)
-        elif kind in ("hello", "alive"):
+        else:
             self._follower.on_page(kind)
 
     def _begin(self) -> None:
