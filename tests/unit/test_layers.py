@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from nos_backend.cluster.launch import DASHBOARD_ON_DEMAND
 
 BLOCKED = """
 import sys
@@ -74,3 +75,8 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
 )
 def test_process_never_imports(module, never):
     assert not loaded_by(f"import {module}") & never
+
+
+def test_a_scheduler_of_ours_starts_without_the_library_of_its_pages():
+    told = f"import os; os.environ.update({DASHBOARD_ON_DEMAND!r})"
+    assert "bokeh" not in loaded_by(f"{told}; import nos_backend.cluster.preload")

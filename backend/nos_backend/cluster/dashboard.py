@@ -372,3 +372,10 @@ def link(scheduler: Scheduler) -> None:
     names = dask_pages.template_variables(scheduler)["pages"]
     if "nos" not in names:
         names.insert(1, "nos")
+
+
+def open_pages(scheduler: Scheduler) -> None:
+    """Give a scheduler that was started without a dashboard Dask's pages and ours."""
+    install()
+    dask_pages.connect(scheduler.http_application, scheduler.http_server, scheduler)
+    link(scheduler)

@@ -62,6 +62,9 @@ WORKER_DEFAULTS: Final[dict[str, str]] = {
     ),
 }
 
+#: With `--no-dashboard`, a scheduler makes its pages when somebody first asks for one.
+DASHBOARD_ON_DEMAND: Final[dict[str, str]] = {"NOS_PLANE_DASHBOARD": "on-demand"}
+
 #: Dask tasks (bulk inference) of a worker that may block at the same time.
 _NUM_TASK_THREADS: Final = 2
 
@@ -119,15 +122,16 @@ def scheduler_command(
     tls: TlsFiles,
     settings: PlaneSettings | None = None,
 ) -> Command:
-    """Return the Dask scheduler with the ServePlane, its dashboard on loopback."""
+    """Return the Dask scheduler with the ServePlane, its dashboard on loopback and made on demand."""
     arguments = [
         *(sys.executable, "-m", "distributed.cli.dask_scheduler"),
         *("--protocol", "tls", "--host", host, "--port", str(port)),
-        *("--dashboard-address", f"127.0.0.1:{dashboard_port}"),
+        *("--dashboard-address", f"127.0.0.1:{dashboard_port}", "--no-dashboard"),
         *("--preload", "nos_backend.cluster.preload"),
         *tls.to_flags(),
     ]
-    environ = {**DASK_SETTINGS, **(settings or PlaneSettings()).to_environ()}
+    plane = settings or PlaneSettings()
+    environ = {**DASK_SETTINGS, **plane.to_environ(), **DASHBOARD_ON_DEMAND}
     return Command(arguments=arguments, environ=environ)
 
 
