@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
 from nos.errors import LoadError, UnavailableError
-from nos_backend.definition import ModelDefinition
+from nos_backend.definition import WEIGHTS_FILE, ModelDefinition
 from nos_backend.worker.executors import Constructed, Executor, ForkServer
 from nos_backend.worker.host_store import HostCopy, HostStore
+from safetensors.torch import save_file
 
 from tests.integration.test_executors import Caller
 
@@ -258,3 +260,51 @@ async def test_parts_that_do_not_fit_together_are_refused(forkserver: ForkServer
         with pytest.raises(LoadError, match="do not fit together"):
             await executor.bind(net, (copy.weights_fd, made.size_bytes - 256), copy.skeleton, 60)
     store.close()
+
+
+WITH_FILE = """
+import torch
+from torch import nn
+
+class Wide(nn.Module):
+    def __init__(self, is_read: bool):
+        super().__init__()
+        self.net = nn.Linear(4096, 4096, bias=False)
+        self.first = float(self.net.weight[0, 0]) if is_read else 0.0
+
+    def forward(self, x: torch.Tensor):
+        return self.net(x)
+"""
+
+
+async def test_weights_of_a_file_take_no_memory_before_they_are_packed(
+    forkserver: ForkServer, tmp_path: Path
+) -> None:
+    weight = torch.full((4096, 4096), 0.5)
+    (tmp_path / WEIGHTS_FILE).parent.mkdir()
+    save_file({"net.weight": weight}, tmp_path / WEIGHTS_FILE)
+    taken_bytes = {}
+    store = HostStore()
+    for is_read in (False, True):
+        wide = definition("Wide", WITH_FILE, folder=str(tmp_path), init=[("is_read", is_read)])
+        async with running(forkserver, "scratch") as scratch:
+            before_bytes = anonymous_bytes(scratch.pid)
+            made = await scratch.construct(wide, 60)
+            taken_bytes[is_read] = anonymous_bytes(scratch.pid) - before_bytes
+            assert bool(made.made_first) == is_read
+            copy = store.create(wide.key, made.size_bytes, made.skeleton_bytes)
+            await scratch.store(wide.key, copy.weights_fd, copy.skeleton_fd, 60)
+            store.seal(copy)
+        async with running(forkserver) as executor:
+            await executor.bind(wide, copy.weights, copy.skeleton, 60)
+            found = await Caller(executor, wide.key)("__call__", np.ones((1, 4096), np.float32))
+            assert found.tolist() == [[2048.0] * 4096]
+        store.release(copy)
+    assert taken_bytes[False] < weight.nbytes // 2
+    assert taken_bytes[True] > weight.nbytes // 2
+    store.close()
+
+
+def anonymous_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous"))

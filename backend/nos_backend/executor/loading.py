@@ -18,6 +18,7 @@ import torch
 
 from nos_backend import pieces
 from nos_backend.definition import INIT_FILE, WEIGHTS_FILE
+from nos_backend.executor import meta
 from nos_backend.executor.failures import RefusedError
 from nos_backend.executor.values import ANY, Inputs, Want, want
 
@@ -157,7 +158,7 @@ def load(definition: dict[str, Any], device: str) -> Model:
     device = device_of(definition, device)
     module = run_source(definition)
     try:
-        target = construct(module, definition, device)
+        target, _ = construct(module, definition, device)
         move(target, torch.device(device))
         freeze(target)
         return Model(target, torch.device(device), definition["source_name"], module)
@@ -215,8 +216,14 @@ def _show_lines(piece: pieces.Piece) -> None:
     linecache.cache[piece.name] = (sum(map(len, lines)), None, lines, piece.name)
 
 
-def construct(module: types.ModuleType, definition: dict[str, Any], device: str) -> Any:
+def construct(module: types.ModuleType, definition: dict[str, Any], device: str) -> tuple[Any, str]:
     """Make the model's object, and give it its state if that came along; or return its function.
+
+    A network whose state came along takes its tensors from the file where that can be: its constructor then
+    makes none that are not needed.
+
+    Returns:
+        The object, and why its weights were made before they were read; empty if they were not.
 
     Raises:
         RefusedError: LOAD_FAILED if the source has no such class, or the state is not its.
@@ -224,10 +231,22 @@ def construct(module: types.ModuleType, definition: dict[str, Any], device: str)
     """
     found = _find_class(module, definition["class_name"])
     folder = Path(definition["folder"]) if definition["folder"] else None
-    target = _make(found, _read_init(found, definition["init"], folder), device)
-    if folder is not None and (folder / WEIGHTS_FILE).exists():
-        _restore(target, folder / WEIGHTS_FILE)
-    return target
+
+    def make() -> Any:
+        return _make(found, _read_init(found, definition["init"], folder), device)
+
+    if folder is None or not (folder / WEIGHTS_FILE).exists():
+        return make(), ""
+    weights = _read_weights(folder / WEIGHTS_FILE)
+    reason = ""
+    if inspect.isclass(found) and issubclass(found, torch.nn.Module):
+        try:
+            return meta.construct(make, weights), ""
+        except meta.UnfitError as error:
+            reason = str(error)
+    target = make()
+    _restore(target, weights)
+    return target, reason
 
 
 def _read_init(found: Any, nodes: list[Any], folder: Path | None) -> dict[str, Any]:
@@ -243,11 +262,21 @@ def _read_init(found: Any, nodes: list[Any], folder: Path | None) -> dict[str, A
     return {name: inputs.read(node, wants.get(name, ANY), name) for name, node in nodes}
 
 
-def _restore(target: Any, file: Path) -> None:
+def _read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file by name, as views of its pages."""
     from safetensors.torch import load_file  # most models have no such file
 
     try:
-        target.load_state_dict(load_file(file))
+        return load_file(file)
+    except Exception as error:
+        raise RefusedError(
+            "LOAD_FAILED", f"the weights cannot be read: {error}", WEIGHTS_FILE
+        ) from error
+
+
+def _restore(target: Any, weights: dict[str, torch.Tensor]) -> None:
+    try:
+        target.load_state_dict(weights)
     except (AttributeError, RuntimeError) as error:
         raise RefusedError(
             "LOAD_FAILED",

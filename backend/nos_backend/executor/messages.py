@@ -26,6 +26,8 @@
         ready
         done    id, took_s                              load: weight_bytes; construct: size_bytes (weights),
                                                         skeleton_bytes (0: cannot be moved), reason (why),
+                                                        made_first (why its weights were made before
+                                                        they were read from their file),
                                                         loose (tensors that are in no run);
                                                         predict, measure: points
         failed  id, error

@@ -147,7 +147,7 @@ class Models:
         source_s = time.perf_counter() - started_s
         before = _contents(module)
         try:
-            target = loading.construct(module, definition, str(device))
+            target, made_first = loading.construct(module, definition, str(device))
         except BaseException:
             sys.modules.pop(module.__name__, None)
             raise
@@ -169,6 +169,7 @@ class Models:
             "size_bytes": plan.size_bytes,
             "skeleton_bytes": len(parts.data) if parts else 0,
             "reason": reason,
+            "made_first": made_first,
             "loose": list(plan.loose[:_NUM_NAMED]),
         }
 

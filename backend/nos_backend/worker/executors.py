@@ -241,6 +241,7 @@ class Executor(asyncio.Protocol):
 
         Args:
             definition: Of the model.
+            str(done["made_first"]),
             call: Which call.
             data: What its nodes' offsets count into.
             timeout_s: How long it may take.

@@ -98,6 +98,8 @@ class Loader:
         notes = [f"own executor: {made.immovable}"] if made.immovable else []
         if made.loose:
             notes.append(f"outside its run of weights: {', '.join(made.loose)}")
+        if made.made_first:
+            notes.append(f"loaded with its weights in memory twice: {made.made_first}")
         entry.note = "; ".join(notes)
 
     async def attempt(

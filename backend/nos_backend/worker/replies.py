@@ -65,6 +65,8 @@ class Constructed:
     took_s: float
     """Running its source and its constructor."""
 
+    made_first: str
+    """Why its weights, which are in a file, took memory before they were read; empty if they did not."""
 
 class Lease:
     """The right to read a block of the output arena; ends once."""
