@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from nos._channel import RpcStream
@@ -49,6 +49,8 @@ STREAM_PATH: Final = "/nos.v1.InferenceService/Stream"
 
 #: A worker that was just named answers `Hello` in milliseconds; one that cannot be reached never does.
 PROBE_S: Final = 2.0
+
+_NO_TIMINGS: Final = Timings()
 
 #: A shared stream without frames for so long is closed; the next call opens one in milliseconds.
 IDLE_S: Final = 60.0
@@ -139,7 +141,7 @@ class Call(Future[Any]):
         #: Dropped once the frame was sent.
         self.frame: Outgoing | None = frame
         #: Where the time went; set before the result.
-        self.timings = Timings()
+        self.timings = _NO_TIMINGS
         #: Takes a generator's items, in the link's thread; None collects them for the result.
         self.on_item: Callable[[Any], None] | None = None
         #: Told in the link's thread, or the sender's, when the frame was sent or will never be.
@@ -209,7 +211,14 @@ class Call(Future[Any]):
 
     def finish(self, value: Any, timings: Timings) -> None:
         """End well."""
-        self.timings = replace(timings, total_s=time.monotonic() - self._created_s)
+        self.timings = Timings(
+            queue_s=timings.queue_s,
+            batch_wait_s=timings.batch_wait_s,
+            compute_s=timings.compute_s,
+            server_s=timings.server_s,
+            total_s=time.monotonic() - self._created_s,
+            batch_size=timings.batch_size,
+        )
         with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
             self.set_result(value if self._items is None else self._items)
         self.admitted()

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
 from nos import _address, _bench, _control, _profile, _registering, _stats, _timeline, _tokens
@@ -586,12 +587,12 @@ class Stream:
             if results.is_finished:
                 raise StreamClosedError("the stream is finished: it takes no more frames")
             seq = results.on_send(threading.get_ident())
-        admitted = threading.Event()
-        self._core.submit(call, seq, admitted.set)
+        admitted: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._core.submit(call, seq, partial(admitted.put, None))
         if not self._core.is_blocking:
             return seq
         try:
-            admitted.wait()
+            admitted.get()
         except BaseException:
             call.cancel()
             raise

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from nos.errors import (
     DeadlineExceededError,
@@ -33,6 +34,18 @@ import time
 class Echo:
     def __call__(self, x, s: float = 0.0):
         time.sleep(s)
+        return x
+"""
+
+FRAGILE = """
+import nos
+import os
+
+@nos.model(name="fragile")
+class Fragile:
+    def __call__(self, x):
+        if not x.any():
+            os._exit(3)
         return x
 """
 
@@ -163,6 +176,23 @@ def test_a_crash_fails_the_call_that_ran_and_not_those_that_waited(
     found = stream.results()
     assert (found[1], found[3]) == (1, 3)
     assert isinstance(found[2], ExecutorLostError)
+
+
+@pytest.mark.accept("B9", "A6")
+def test_calls_sent_ahead_of_a_crash_are_made_again_with_their_own_bytes(plane: Plane) -> None:
+    (fragile,) = definitions(FRAGILE, "fragile.py", owner="eve")
+    plane.load(fragile)
+    stream = plane.stream("fragile@v1")
+    for number in range(40):  # from then on it is known to be quick
+        stream.send(np.full(4096, 1 + number))
+        stream.result()
+    for number in range(16):
+        stream.send(np.full(4096, number - 8))
+    found = stream.results()
+    assert isinstance(found.pop(49), ExecutorLostError)
+    assert {seq: set(value) for seq, value in found.items()} == {
+        seq: {seq - 49} for seq in range(41, 57) if seq != 49
+    }
 
 
 @pytest.mark.accept("B9")

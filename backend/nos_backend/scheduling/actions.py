@@ -51,6 +51,8 @@ class Batch:
     """How long it could have run and waited for more requests instead."""
     is_suspect: bool = False
     """Whether one of its requests may be what ended an executor."""
+    is_train: bool = False
+    """Whether its requests run one after the other, each answered as it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,10 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class PutBack:
-    """The executor died of a batch: its requests without an end will be started again, in smaller ones."""
+    """The executor died of a batch: its requests without an end will be started again.
+
+    In smaller ones, to find the one that ended it; or, of a train, those behind the one that did.
+    """
 
     batch: Batch
 

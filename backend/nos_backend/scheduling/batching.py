@@ -83,21 +83,27 @@ class BatchTime:
         #: Smoothed error of predictions, relative to them.
         self._miss = 0.0
         #: Of 1, b, b^2, t and b t.
-        self._sums = [0.0] * 5
+        self._sums = (0.0,) * 5
 
     def observe(self, rows: int, took_s: float) -> None:
         """A batch ran. The first one is not typical: it warms up what the others find warm."""
         self.num_samples += 1
         expected_s = self.predict_s(rows)
         if self.num_samples == 2:  # noqa: PLR2004 - the first was all there was
-            self._sums = [0.0] * 5
+            self._sums = (0.0,) * 5
         elif expected_s:
             miss = min(abs(took_s - expected_s) / expected_s, _OUTLIER)
             self._miss += _MISS_SMOOTHING * (miss - self._miss)
         if self.num_samples > _FEW_SAMPLES and expected_s:
             took_s = min(took_s, _OUTLIER * expected_s)
-        sample = (1.0, rows, rows * rows, took_s, rows * took_s)
-        self._sums = [_FORGETTING * old + new for old, new in zip(self._sums, sample, strict=True)]
+        n, x, xx, y, xy = self._sums
+        self._sums = (
+            _FORGETTING * n + 1.0,
+            _FORGETTING * x + rows,
+            _FORGETTING * xx + rows * rows,
+            _FORGETTING * y + took_s,
+            _FORGETTING * xy + rows * took_s,
+        )
         self._solve()
 
     @property

@@ -5,6 +5,8 @@ Requests wait in lanes, one per (model, tenant). A grant lets one batch run on o
 the least virtual time (start-time fair queueing, Goyal et al. 1996, in seconds of the device by weight),
 so a saturated lane gets its turn and no more. Its first request leads a batch that requests of the same
 key from all lanes of the model join, each at its own lane's cost (`nos_backend.scheduling.batching`).
+A request that runs alone and is short takes those behind it in its lane along while no other lane has
+work: a train, whose calls are all handed to the executor, so that it need not wait for the next.
 Bulk requests have lanes of their own, which pay more for each second; they join no batch that another
 leads, and the batches that they lead keep to the quantum.
 
@@ -84,6 +86,12 @@ __all__ = [
 _LEAST_CHARGE_S: Final = 1e-6
 #: The longest batch while another model has work: a running batch is not interrupted.
 QUANTUM_S: Final = 50e-3
+#: A train is expected to take no longer, and has no more requests.
+_TRAIN_S: Final = 4e-3
+_MAX_TRAIN: Final = 8
+#: Of each of its requests at most: their input is needed again if the executor dies before they run, and
+#: larger blocks lose theirs with it.
+_TRAIN_BYTES: Final = 4 << 20
 #: Of the device, for bulk requests of a tenant while others have work.
 _BULK_SHARE: Final = 1 / 16
 #: Stale deadlines kept before they are swept.
@@ -105,6 +113,8 @@ class _Running:
     payers: list[tuple[Lane, float]]
     #: Whether its requests run one after the other, after they failed together.
     is_separate: bool = False
+    #: Whether one of them was ended because it ran too long.
+    is_timed_out: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -252,8 +262,12 @@ class DeviceQueue:
         verdict = self._admit(request, now_s)
         if isinstance(verdict, NosError):
             return [Refuse(request.id, verdict)]
+        model = self._models[request.model]
+        model.gatherer.arrived(request.sender, now_s)
+        if self._is_free_for(request, model, now_s):
+            lane = self._lanes.pass_through(request, next(self._sequence))
+            return [*self._fall_due(now_s), self._launch(model, [request], [lane], now_s)]
         self._lanes.enter(request, now_s, next(self._sequence))
-        self._models[request.model].gatherer.arrived(request.sender, now_s)
         if request.deadline_s is not None:
             self._sweep_deadlines()
             heapq.heappush(self._deadlines, (request.deadline_s, request.id))
@@ -280,7 +294,7 @@ class DeviceQueue:
         ends: list[Action] = [End(item, None) for item in live]
         if batch.is_suspect:
             self._clear_suspects(batch.requests)
-        elif not running.is_separate:
+        elif not (running.is_separate or batch.is_train):
             ends += self._went_together(model, batch, now_s)
         return ends + self._after_run(running, executor) + self._advance(now_s)
 
@@ -298,6 +312,16 @@ class DeviceQueue:
         running = found.running
         if running.kill_s is not None:
             running.kill_s = now_s + running.model.call_timeout_s
+
+    def answered(
+        self, batch_id: int, executor: str, request_id: int, *, now_s: float
+    ) -> list[Action]:
+        """A request of a train has ended, and others of it have not: it need not wait for them."""
+        self.progressed(batch_id, executor, now_s=now_s)
+        if self._running.pop(request_id, None) is None:
+            return []
+        self._busy[executor].live.discard(request_id)
+        return [End(request_id, None)]
 
     def max_rows(self, model: str) -> int:
         """Return how many rows a batch of a model may have; 1 if it is not open."""
@@ -346,7 +370,9 @@ class DeviceQueue:
         found = self._executors.pop(executor, None)
         actions: list[Action] = []
         is_incident = False
-        if found is not None and found.running is not None:
+        if found is not None and found.running is not None and found.running.batch.is_train:
+            actions += self._lose_train(found.running, executor, found, reason, now_s)
+        elif found is not None and found.running is not None:
             running = found.running
             is_incident = running.batch.is_suspect
             again = self._cleared(executor, found)
@@ -355,12 +381,7 @@ class DeviceQueue:
                 actions.append(PutBack(running.batch))
                 for request in reversed(again):
                     self._lanes.enter_first(request, now_s, next(self._sequence))
-            lost = ExecutorLostError(
-                "the executor died while it ran this request",
-                running.batch.model,
-                got=reason,
-                hint="Send it again if it may run twice",
-            )
+            lost = _lost(running.batch.model, reason)
             for item in () if again else running.batch.requests:
                 if running.batch.is_suspect and len(running.batch.requests) == 1:
                     actions.append(Culprit(item.id))
@@ -381,6 +402,23 @@ class DeviceQueue:
         return self._advance(now_s)
 
     # Decisions.
+
+    def _lose_train(
+        self, running: _Running, executor: str, found: _Executor, reason: str, now_s: float
+    ) -> list[Action]:
+        """End the one that an executor died of, which is the first without an end; the others wait again."""
+        live = self._clear(executor, found)
+        rest = [item for item in running.batch.requests if item.id in live]
+        num_lost = 0 if running.is_timed_out else 1
+        if running.batch.model not in self._models:
+            num_lost = len(rest)
+        lost = _lost(running.batch.model, reason)
+        actions: list[Action] = [End(item.id, lost) for item in rest[:num_lost]]
+        if again := rest[num_lost:]:
+            actions.append(PutBack(running.batch))
+        for request in reversed(again):
+            self._lanes.enter_first(request, now_s, next(self._sequence))
+        return actions + self._after_run(running, executor)
 
     def _cleared(self, executor: str, found: _Executor) -> list[Request]:
         """Take the batch off a dead executor; return those of its requests that are to run again."""
@@ -472,9 +510,34 @@ class DeviceQueue:
         running = executor.running if executor else None
         return max(free_s, running.started_s + running.charged_s) if running else free_s
 
+    def _is_free_for(self, request: Request, model: Model, now_s: float) -> bool:
+        """Whether a request that just came runs at once: nothing waits, or is worth waiting for."""
+        if self._lanes or request.deadline_s is not None or not model.is_ready:
+            return False
+        executor = self._executors.get(model.executor)
+        is_taken = executor is None or executor.running or executor.is_held
+        if is_taken or len(self._busy) >= self.max_concurrent_batches:
+            return False
+        limits = model.limits
+        may_grow = request.key is not None and request.rows < limits.max_rows
+        if may_grow and (limits.queue_delay_s is not None or model.gatherer.until_s() > now_s):
+            return False
+        return self._may_start(request.model)
+
     def _advance(self, now_s: float) -> list[Action]:
         """Do what has become due or possible."""
-        actions = self._learn(now_s)
+        actions = self._fall_due(now_s)
+        most = min(self.max_concurrent_batches, len(self._executors))
+        while self._lanes and len(self._busy) < most:
+            lane = self._next_lane(now_s)
+            if lane is None:
+                break
+            actions.append(self._start(lane, now_s))
+        return actions
+
+    def _fall_due(self, now_s: float) -> list[Action]:
+        """Do what has become due."""
+        actions = self._learn(now_s) if self._unexplained else []
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, request_id = heapq.heappop(self._deadlines)
             actions += self._end_early(request_id, self._too_late(request_id))
@@ -482,12 +545,6 @@ class DeviceQueue:
             if running.kill_s is not None and running.kill_s <= now_s:
                 actions += self._time_out(running)
         self._gathered_s = None
-        most = min(self.max_concurrent_batches, len(self._executors))
-        while self._lanes and len(self._busy) < most:
-            lane = self._next_lane(now_s)
-            if lane is None:
-                break
-            actions.append(self._start(lane, now_s))
         return actions
 
     def _next_lane(self, now_s: float) -> Lane | None:
@@ -553,14 +610,49 @@ class DeviceQueue:
         ]
         limits = self._limits(model, is_bulk=head.is_bulk)
         requests = form(head, companions, limits, model.time, now_s)
-        self._lanes.virtual_now = max(self._lanes.virtual_now, lane.virtual_time)
+        if head.key is None:
+            requests = self._train(head, lane, model)
         gather_s = 0.0 if model.gathering_s is None else now_s - model.gathering_s
         model.gathering_s = None
+        lanes = [self._leave(item) for item in requests]
+        return self._launch(model, requests, lanes, now_s, gather_s)
+
+    def _train(self, head: Request, lane: Lane, model: Model) -> list[Request]:
+        """Return a request that runs alone, and those behind it that run with it."""
+        if self._lanes.num_active > 1 or not model.time.is_known:
+            return [head]
+        most = min(_MAX_TRAIN, int(_TRAIN_S / max(model.time.predict_s(1), _LEAST_CHARGE_S)))
+        train: list[Request] = []
+        for item in lane.waiting.values():
+            is_plain = item.key is None and item.rows == 1 and item.deadline_s is None
+            is_small = item.size_bytes <= _TRAIN_BYTES
+            if len(train) >= most or not (is_plain and is_small) or item.id in self._suspects:
+                break
+            train.append(item)
+        return train if train and train[0] is head else [head]
+
+    def _launch(
+        self,
+        model: Model,
+        requests: list[Request],
+        lanes: list[Lane],
+        now_s: float,
+        gather_s: float = 0.0,
+    ) -> Start:
+        """Have a batch start for which an executor and a grant are free.
+
+        Args:
+            model: Whose batch it is.
+            requests: What it runs, none of which waits any more; the first leads it.
+            lanes: Of each, which pay for it.
+            now_s: The time.
+            gather_s: How long it could have run already.
+        """
+        self._lanes.virtual_now = max(self._lanes.virtual_now, lanes[0].virtual_time)
         rows = sum(item.rows for item in requests)
         charged_s = max(model.time.predict_s(rows), _LEAST_CHARGE_S)
         payers: list[tuple[Lane, float]] = []
-        for item in requests:
-            payer = self._leave(item)
+        for item, payer in zip(requests, lanes, strict=True):
             share = _BULK_SHARE if item.is_bulk else 1.0
             part = item.rows / rows / (item.weight * share)
             payer.virtual_time += part * charged_s
@@ -570,12 +662,13 @@ class DeviceQueue:
         model.num_running += len(requests)
         batch = Batch(
             id=next(self._sequence),
-            model=lane.model,
+            model=model.name,
             executor=model.executor,
             requests=tuple(requests),
             rows=rows,
             gather_s=gather_s,
-            is_suspect=head.id in self._suspects,
+            is_suspect=requests[0].id in self._suspects,
+            is_train=len(requests) > 1 and requests[0].key is None,
         )
         running = self._busy[model.executor] = _Running(
             batch=batch,
@@ -609,10 +702,14 @@ class DeviceQueue:
             f"at most {limit_s:g} s",
             hint="Raise call_timeout_s of the model if its calls take that long",
         )
-        ends: list[Action] = [End(item, error) for item in sorted(running.live)]
-        for item in running.live:
+        running.is_timed_out = True
+        expired = sorted(running.live)
+        if batch.is_train:  # only the first of them runs
+            expired = [item.id for item in batch.requests if item.id in running.live][:1]
+        ends: list[Action] = [End(item, error) for item in expired]
+        for item in expired:
             del self._running[item]
-        running.live.clear()
+        running.live.difference_update(expired)
         reason = f"a call of {batch.model} ran longer than {limit_s:g} s"
         return [*ends, KillExecutor(batch.executor, reason)]
 
@@ -682,3 +779,12 @@ class DeviceQueue:
         if len(self._deadlines) > 2 * (len(self._lanes) + len(self._running)) + _SLACK:
             self._deadlines = [item for item in self._deadlines if self.is_live(item[1])]
             heapq.heapify(self._deadlines)
+
+
+def _lost(model: str, reason: str) -> ExecutorLostError:
+    return ExecutorLostError(
+        "the executor died while it ran this request",
+        model,
+        got=reason,
+        hint="Send it again if it may run twice",
+    )

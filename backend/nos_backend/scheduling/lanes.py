@@ -90,6 +90,8 @@ class Lanes:
         #: By model, then tenant and whether it is bulk. Idle lanes stay while their virtual time is ahead.
         self._lanes: dict[str, dict[tuple[str, bool], Lane]] = {}
         self._num_lanes = 0
+        #: Those with requests.
+        self._active: dict[Lane, None] = {}
         #: Waiting requests in order of arrival, each also in its lane.
         self._waiting: dict[int, Waiting] = {}
         #: Where the device stands: the greatest virtual time at which a batch was started.
@@ -113,10 +115,12 @@ class Lanes:
 
     def active(self) -> Iterator[Lane]:
         """Return the lanes with requests."""
-        for lanes in self._lanes.values():
-            for lane in lanes.values():
-                if lane.waiting:
-                    yield lane
+        return iter(self._active)
+
+    @property
+    def num_active(self) -> int:
+        """How many lanes have requests."""
+        return len(self._active)
 
     def of(self, model: str) -> list[Lane]:
         """Return the lanes of a model that have requests."""
@@ -151,6 +155,7 @@ class Lanes:
         if not lane.waiting:
             lane.virtual_time = max(lane.virtual_time, self.virtual_now)
             lane.order = order
+            self._active[lane] = None
         lane.waiting[request.id] = request
         lane.rows += request.rows
         lane.keys[request.key] += 1
@@ -158,6 +163,13 @@ class Lanes:
             lane.num_bounded += 1
             lane.bounded_bytes += request.size_bytes
         self._waiting[request.id] = Waiting(request, now_s)
+
+    def pass_through(self, request: Request, order: int) -> Lane:
+        """Return the lane of a request that need not wait, as it stands when that is its turn."""
+        lane = self.lane(request)
+        lane.virtual_time = max(lane.virtual_time, self.virtual_now)
+        lane.order = order
+        return lane
 
     def enter_first(self, request: Request, now_s: float, order: int) -> None:
         """A request waits again, before all others of its lane."""
@@ -169,6 +181,8 @@ class Lanes:
         del self._waiting[request.id]
         lane = self._lanes[request.model][request.tenant, request.is_bulk]
         del lane.waiting[request.id]
+        if not lane.waiting:
+            del self._active[lane]
         lane.rows -= request.rows
         lane.keys[request.key] -= 1
         if not lane.keys[request.key]:

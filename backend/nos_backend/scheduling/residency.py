@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from nos_backend.scheduling.eviction import Candidate, Policy, Usage, lru
 
@@ -209,6 +209,9 @@ class Refuse:
 
 Action: TypeAlias = Load | Evict | Refuse
 
+#: What every batch tells.
+_WORK: Final = (Wanted, Started, Finished)
+
 
 @dataclass(slots=True)
 class _Model:
@@ -285,7 +288,7 @@ class Residency:
                 model = self._models.get(event.model)
                 if model is None:
                     return []
-                if isinstance(event, Wanted | Started | Finished):
+                if isinstance(event, _WORK):
                     self._note_work(event, model, now_s)
                     if model.tier is Tier.DEVICE and self._is_calm:
                         return []  # what every batch of a device with room costs

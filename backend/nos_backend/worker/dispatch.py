@@ -84,6 +84,8 @@ class Dispatcher:
         #: Decided and not yet carried out.
         self._actions: deque[device_queue.Action] = deque()
         self._is_applying = False
+        #: Ends that their callers have yet to hear of, since the next batch starts first.
+        self._ended: deque[tuple[Request, Reply]] = deque()
         self._statistics: dict[str, ModelStatistics] = {}
         #: How calls are joined, by (model, method).
         self._plans: dict[tuple[str, str], batches.Plan] = {}
@@ -285,6 +287,7 @@ class Dispatcher:
             self.cancel(piece.id)
         self._requests[request.id] = request
         self._end(request.id, reply)
+        self._deliver()
 
     def cancel(self, request_id: int) -> None:
         """End a request early; an ended one is left alone."""
@@ -299,6 +302,7 @@ class Dispatcher:
         """End every request there is, and stop keeping time."""
         for request_id in list(self._requests):
             self._end(request_id, failure(error))
+        self._deliver()
         if self._timer is not None:
             self._timer.cancel()
         self._rescues.close()
@@ -326,6 +330,13 @@ class Dispatcher:
         finally:
             self._is_applying = False
         self._keep_time()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Tell callers of the ends of their requests; they may send others at once."""
+        while self._ended:
+            request, reply = self._ended.popleft()
+            request.sink(reply)
 
     def _carry_out(self, action: device_queue.Action) -> None:
         match action:
@@ -388,18 +399,20 @@ class Dispatcher:
                 run.blocks.append(block)
         if len(run.open) < len(batch.requests):
             self._queue.separated(batch.id, batch.executor)
-        if len(run.open) > 1:
+        if len(run.open) > 1 and not batch.is_train:
             self._call_as_one(run)
         else:
             self._call_each(run)
 
     def _put_back(self, batch: Batch) -> None:
         """Keep the input of a batch's requests, which will be started again on another executor."""
-        self._is_searching = True
         run = self._runs[batch.executor]
         for request, block in zip(run.open, run.blocks, strict=True):
             if block is not None and self._queue.is_live(request.id):
                 request.input = Input.copy_of(block.view)
+        if batch.is_train:  # the one that ended it is known
+            return
+        self._is_searching = True
         _logger.warning(
             "a batch of %d requests of %s ended its executor: looking for the one that does",
             len(batch.requests),
@@ -515,8 +528,10 @@ class Dispatcher:
     def _call_each(self, run: Run) -> None:
         if not run.open:
             self._finish(run.batch)
-        for request, block in zip(list(run.open), run.blocks, strict=True):
-            self._call_one(run, request, block)
+            return
+        with run.executor.corked():
+            for request, block in list(zip(run.open, run.blocks, strict=True)):
+                self._call_one(run, request, block)
 
     def _call_one(self, run: Run, request: Request, block: Block | None) -> None:
         plan = self._plans.get((request.model, request.method))
@@ -560,10 +575,15 @@ class Dispatcher:
             reply = self._rescues.no_room(request, block, reply, reply.error)
         run.has_culprit |= reply.error is not None
         run.compare(request, reply)
-        run.open.remove(request)
+        run.drop(request)
         self._settle(request, reply)
         if run.open:
-            self._queue.progressed(batch.id, batch.executor, now_s=self._loop.time())
+            now_s = self._loop.time()
+            if batch.is_train:
+                run.open[0].granted_s = now_s
+                self._apply(self._queue.answered(batch.id, batch.executor, request.id, now_s=now_s))
+            else:
+                self._queue.progressed(batch.id, batch.executor, now_s=now_s)
             return
         did_not_go = run.ran_out or not run.has_culprit if run.is_mixed is None else run.is_mixed
         if run.joined is not None and did_not_go:
@@ -606,7 +626,7 @@ class Dispatcher:
         if request.input is not None:
             request.input.release()
             request.input = None
-        request.sink(reply)
+        self._ended.append((request, reply))
 
     def _count(self, request: Request, reply: Reply) -> None:
         if request.is_piece:

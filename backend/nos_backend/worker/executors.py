@@ -125,6 +125,8 @@ class Executor(asyncio.Protocol):
         self._released: list[int] = []
         #: Whether the executor waits for memory, so that what is freed is announced at once.
         self._is_needy = False
+        #: What is to be sent at once; None while everything is.
+        self._corked: list[bytes] | None = None
         #: Why it was killed, or that it ended by itself; nothing is sent to it any more.
         self._lost: str | None = None
         self._transport: asyncio.Transport
@@ -487,13 +489,31 @@ class Executor(asyncio.Protocol):
                 message["form"] = self._forms.add(key, method, arguments)
         self._send(message)
 
+    @contextlib.contextmanager
+    def corked(self) -> Iterator[None]:
+        """Send what is said within as one."""
+        corked: list[bytes] = []
+        self._corked = corked
+        try:
+            yield
+        finally:
+            self._corked = None
+            if corked and self._lost is None:
+                self._transport.write(b"".join(corked))
+
+    def _write(self, data: bytes) -> None:
+        if self._corked is not None:
+            self._corked.append(data)
+        else:
+            self._transport.write(data)
+
     def _send_short(self, call_id: int, form: int, block: Block) -> bool:
         """Send a call of a form that the executor knows; return False if more has to be said."""
         if len(self._freed) > MAX_SHORT_FREED or self._released:
             return False
         freed, self._freed, self._freed_bytes = self._freed, [], 0
         call = ShortCall(call_id, form, block.offset, len(block.view), freed)
-        self._transport.write(call.encode())
+        self._write(call.encode())
         return True
 
     def cancel(self, call_id: int) -> None:
@@ -653,7 +673,7 @@ class Executor(asyncio.Protocol):
         if self._released:
             message["released"] = self._released
             self._released = []
-        self._transport.write(encode(message))
+        self._write(encode(message))
 
     def _loss(self) -> ExecutorLostError:
         return ExecutorLostError(f"executor {self.name} ended", got=self._lost or "")

@@ -42,6 +42,8 @@ _BACKLOG: Final = 128
 _HELLO_S: Final = 5.0
 _HELLO_BYTES: Final = 64 << 10
 _MAX_DESCRIPTORS: Final = 4
+#: Messages are joined up to this before they are sent.
+_JOINED_BYTES: Final = 64 << 10
 _LENGTH: Final = struct.Struct("<I")
 _PEER: Final = struct.Struct("3i")
 _NEEDED_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -178,6 +180,9 @@ class LocalPipe(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self.num_written = 0
+        #: Written at once and not sent yet, and its bytes.
+        self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
         #: The client's process; 0 if it is in another namespace.
         self._peer_pid = peer_pid
         self._was_stopped = False
@@ -208,8 +213,17 @@ class LocalPipe(asyncio.Protocol):
     def write_at_once(self, seq: int, header: bytes, data: memoryview) -> None:
         """See `Pipe`."""
         for message in self._shared.pack(seq, header, [data], data.nbytes):
-            self._transport.write(message)
+            self._unsent.append(message)
+            self._unsent_bytes += len(message)
         self.num_written += 1
+        if self._unsent_bytes > _JOINED_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """See `Pipe`."""
+        unsent, self._unsent, self._unsent_bytes = self._unsent, [], 0
+        if unsent:
+            self._transport.write(unsent[0] if len(unsent) == 1 else b"".join(unsent))
 
     async def write(self, seq: int, header: bytes, data: memoryview) -> None:
         """See `Pipe`."""

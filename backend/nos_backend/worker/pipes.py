@@ -49,7 +49,10 @@ class Pipe(Protocol):
         """Whether a message can be written without waiting."""
 
     def write_at_once(self, seq: int, header: bytes, data: memoryview) -> None:
-        """As `write`, while `takes_at_once`."""
+        """As `write`, while `takes_at_once`; sent by `flush` at the latest, before anything else is."""
+
+    def flush(self) -> None:
+        """Send what was written at once."""
 
     async def write(self, seq: int, header: bytes, data: memoryview) -> None:
         """Write a message, with its data in as many more as it takes; the data is copied by then.
@@ -94,6 +97,9 @@ class GrpcPipe:
     def write_at_once(self, seq: int, header: bytes, data: memoryview) -> None:
         """See `Pipe`."""
         raise AssertionError("it takes nothing at once")
+
+    def flush(self) -> None:
+        """See `Pipe`."""
 
     async def write(self, seq: int, header: bytes, data: memoryview) -> None:
         """See `Pipe`."""

@@ -131,6 +131,11 @@ class Run:
     #: Those of `open` that gave items already, and cannot be repeated.
     streaming: set[int] = field(default_factory=set)
 
+    def drop(self, request: Request) -> None:
+        """Await nothing more of a request."""
+        index = self.open.index(request)
+        del self.open[index], self.blocks[index]
+
     def compare(self, request: Request, reply: Reply) -> None:
         """See whether a call's result alone is what it was in the batch, where that is asked."""
         in_batch = self.compared.pop(request.id, None)

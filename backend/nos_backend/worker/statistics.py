@@ -60,7 +60,8 @@ class ModelStatistics:
 
     def ran(self, batch: Batch, took_s: float) -> None:
         """A batch held the device for so long; its requests pay by their rows."""
-        self.batches[len(batch.requests)] += 1
+        size = len(batch.requests)
+        self.batches[1 if batch.is_train else size] += size if batch.is_train else 1
         self.seconds["compute"] += took_s
         for item in batch.requests:
             tenant = item.tenant

@@ -485,7 +485,7 @@ class Stream:
             self._refuse(frame, CancelledError("cancelled by the caller"))
 
     def _half_close(self) -> None:
-        for frame in self._frames.values():
+        for frame in list(self._frames.values()):
             if frame.request is None and not frame.is_ended and not frame.is_resumed:
                 error = InvalidRequestError(
                     "the stream ended within the frame",
@@ -517,8 +517,10 @@ class Stream:
         frame.is_ended = reply.kind != "item"
         if self._pipe is None or self._is_writing or not self._pipe.takes_at_once:
             self._wake.set()
+        elif len(self._frames) == 1 and reply.kind == "result":
+            self._flush(self._pipe)
         elif not self._is_flush_due:
-            # Not at once: who decides what runs next comes first, and a copy of the result takes longer.
+            # Results that come at the same time are sent as one.
             self._is_flush_due = True
             self._loop.call_soon(self._flush, self._pipe)
 
@@ -536,6 +538,7 @@ class Stream:
                     pipe.write_at_once(*self._message(frame, reply))
                 finally:
                     reply.release()
+            pipe.flush()
         except Exception as error:  # noqa: BLE001 - the top level of this callback
             self.cut(unexpected(error, f"writing stream {self._id}"))
         if self._control or self._head() is not None or self._is_half_closed or self._leaving:

@@ -241,6 +241,8 @@ _BYTES = [bytes([value]) for value in range(_MORE)]
 
 
 def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
+    if position < len(raw) and (value := raw[position]) < _MORE:  # nearly all are
+        return value, position + 1
     value = 0
     for index in range(_MAX_VARINT_BYTES):
         if position >= len(raw):
@@ -266,7 +268,11 @@ def _find_data(raw: bytes) -> tuple[int, int, int]:
             tag, position = _read_varint(raw, position)
         wire_type = tag & 7
         if wire_type == _LENGTH:
-            length, position = _read_varint(raw, position)
+            length = raw[position] if position < size else _MORE
+            if length < _MORE:
+                position += 1
+            else:
+                length, position = _read_varint(raw, position)
             if tag >> 3 == _DATA_FIELD:
                 found = (start, position, position + length)
             position += length

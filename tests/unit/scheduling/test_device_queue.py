@@ -23,6 +23,7 @@ from nos_backend.scheduling.device_queue import (
     End,
     Held,
     KillExecutor,
+    PutBack,
     Refuse,
     Request,
     Start,
@@ -342,3 +343,83 @@ def test_a_batch_of_bulk_keeps_to_the_quantum_although_nobody_else_waits() -> No
         made.arrive(bulk(number, key="k"), now_s=0)
     following = batch_of(made.finish(batch_id(actions), "x", now_s=0.01))
     assert 1 <= following.rows <= 8
+
+
+def brisk(call_s: float = 1e-4, grants: int = 1) -> DeviceQueue:
+    """A queue that knows how long a call of `a` takes; it is 1 s by its clock."""
+    made = queue(grants)
+    for index in range(20):
+        first = made.arrive(request(1000 + index), now_s=index * 0.01)
+        made.finish(batch_id(first), "x", now_s=index * 0.01 + call_s)
+    return made
+
+
+def train(made: DeviceQueue, num_requests: int = 4, **others: str) -> Batch:
+    """Let requests 1, 2, ... come, of which the first is answered; return what runs then."""
+    first = made.arrive(request(1), now_s=1)
+    for index in range(2, num_requests + 2):
+        made.arrive(request(index), now_s=1)
+    for id, tenant in others.items():
+        made.arrive(request(int(id[1:]), tenant=tenant), now_s=1)
+    return batch_of(made.finish(batch_id(first), "x", now_s=1.0001))
+
+
+def test_short_requests_that_run_alone_are_started_together() -> None:
+    batch = train(brisk())
+    assert [item.id for item in batch.requests] == [2, 3, 4, 5]
+    assert batch.is_train
+
+
+@pytest.mark.parametrize(("call_s", "num_requests"), [(1e-4, 8), (1.3e-3, 3), (3e-3, 1), (1.0, 1)])
+def test_a_train_takes_no_longer_than_a_few_milliseconds(call_s: float, num_requests: int) -> None:
+    assert len(train(brisk(call_s), 12).requests) == num_requests
+
+
+def test_nothing_is_started_together_before_it_is_known_to_be_short() -> None:
+    assert len(train(queue()).requests) == 1
+
+
+@pytest.mark.accept("A5")
+def test_nothing_is_started_together_while_another_tenant_has_work() -> None:
+    assert len(train(brisk(), i20="u").requests) == 1
+
+
+def test_a_request_of_a_train_ends_as_it_is_answered() -> None:
+    made = brisk()
+    batch = train(made)
+    assert made.answered(batch.id, "x", 2, now_s=2) == [End(2, None)]
+    assert made.answered(batch.id, "x", 2, now_s=2) == []
+    assert made.finish(batch.id, "x", now_s=3) == [End(3, None), End(4, None), End(5, None)]
+
+
+def test_a_request_of_a_train_can_be_withdrawn() -> None:
+    made = brisk()
+    batch = train(made)
+    ended, told = made.cancel(3, now_s=2)
+    assert isinstance(ended, End)
+    assert isinstance(ended.error, CancelledError)
+    assert told == CancelCall(3, "x")
+    assert made.answered(batch.id, "x", 3, now_s=2) == []
+
+
+@pytest.mark.accept("A6")
+def test_an_executor_that_dies_of_one_of_a_train_takes_no_other_along() -> None:
+    made = brisk()
+    batch = train(made)
+    made.answered(batch.id, "x", 2, now_s=2)
+    actions = made.executor_lost("x", "signal 9", now_s=2)
+    assert errors(actions) == {3: ExecutorLostError}
+    assert PutBack(batch) in actions
+    again = batch_of(made.open_model("a", "x", now_s=3))
+    assert [item.id for item in again.requests] == [4, 5]
+
+
+def test_only_the_one_of_a_train_that_runs_can_run_too_long() -> None:
+    made = brisk()
+    batch = train(made)
+    made.answered(batch.id, "x", 2, now_s=5)
+    assert made.tick(now_s=12) == []
+    assert errors(made.tick(now_s=15)) == {3: DeadlineExceededError}
+    assert errors(made.executor_lost("x", "killed", now_s=15)) == {}
+    again = batch_of(made.open_model("a", "x", now_s=16))
+    assert [item.id for item in again.requests] == [4, 5]

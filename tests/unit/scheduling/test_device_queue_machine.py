@@ -48,7 +48,8 @@ class DeviceQueueMachine(RuleBasedStateMachine):
             elif isinstance(action, Start):
                 assert action.batch.executor not in self.running, "two batches on one executor"
                 assert all(item.id not in self.ended for item in action.batch.requests)
-                assert len(action.batch.requests) == 1 or action.batch.rows <= MAX_ROWS
+                is_alone = len(action.batch.requests) == 1
+                assert is_alone or action.batch.is_train or action.batch.rows <= MAX_ROWS
                 assert len({(item.model, item.key) for item in action.batch.requests}) == 1
                 self.running[action.batch.executor] = action.batch
                 self.started |= {item.id for item in action.batch.requests}
@@ -109,6 +110,15 @@ class DeviceQueueMachine(RuleBasedStateMachine):
         executor = data.draw(st.sampled_from(sorted(self.running)))
         batch = self.running.pop(executor)
         self.apply(self.queue.finish(batch.id, executor, now_s=self.now_s))
+
+    @precondition(lambda self: any(batch.is_train for batch in self.running.values()))
+    @rule(data=st.data())
+    def answer_one_of_a_train(self, data: st.DataObject) -> None:
+        trains = [name for name, batch in self.running.items() if batch.is_train]
+        executor = data.draw(st.sampled_from(sorted(trains)))
+        batch = self.running[executor]
+        request = data.draw(st.sampled_from(batch.requests))
+        self.apply(self.queue.answered(batch.id, executor, request.id, now_s=self.now_s))
 
     @rule(executor=st.sampled_from("xyz"))
     def lose(self, executor: str) -> None:
