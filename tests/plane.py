@@ -62,6 +62,7 @@ class Plane:
         self,
         *,
         max_streams: int = MAX_STREAMS,
+        max_tenant_streams: int = 0,
         weights: Mapping[str, float] | None = None,
         **options: Any,
     ) -> None:
@@ -75,6 +76,7 @@ class Plane:
             lambda raw: self.verifier.verify(raw, time.time()),
             "127.0.0.1",
             max_streams=max_streams,
+            max_tenant_streams=max_tenant_streams,
         )
         self.data_plane.start()
         self.channel = grpc.insecure_channel(self.data_plane.address, options=CHANNEL_OPTIONS)

@@ -111,13 +111,19 @@ def shared_files(processes: list[psutil.Process]) -> set[str]:
     return {path for path in found if Path(path).exists()}
 
 
-def start_server(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> Server:
+def start_server(
+    folder: Path,
+    *flags: str,
+    environment: dict[str, str] | None = None,
+    user: int | None = None,
+) -> Server:
     """Start `nos serve` with its state in `folder` and wait until it is ready.
 
     Args:
         folder: A fresh folder.
         flags: Further flags of `nos serve`.
         environment: Added to this process's own.
+        user: Whose process it is; None for this one's. Only root may say it.
 
     Raises:
         AssertionError: If it ends, or is not ready in time.
@@ -136,6 +142,9 @@ def start_server(folder: Path, *flags: str, environment: dict[str, str] | None =
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
         )
     server = Server(state_dir=state_dir, process=process, log_path=log_path)
 

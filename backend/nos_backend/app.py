@@ -20,8 +20,8 @@ from nos.wire.host import is_loopback
 from nos_backend import hub
 from nos_backend.cluster.certificates import TlsFiles
 from nos_backend.cluster.link import ClusterLink
-from nos_backend.control.blobs import BlobStore
-from nos_backend.control.catalogue import Catalogue
+from nos_backend.control.blobs import MAX_BLOB_BYTES, BlobStore
+from nos_backend.control.catalogue import MAX_MODELS, Catalogue
 from nos_backend.control.crew import CREW_NAME
 from nos_backend.control.registry import Registry
 from nos_backend.control.sweeping import sweep
@@ -66,9 +66,9 @@ async def _serve(arguments: argparse.Namespace) -> int:
             arguments.host,
         )
     stop = _signals()
-    blobs = BlobStore(arguments.state_dir / "blobs")
+    blobs = BlobStore(arguments.state_dir / "blobs", arguments.max_upload_bytes)
     registry = Registry(arguments.state_dir, blobs)
-    catalogue = Catalogue()
+    catalogue = Catalogue(arguments.max_registered)
     catalogue.restore(registry.read_models())
     num_removed = sweep(registry, blobs.folder, arguments.state_dir / "folders")
     if num_removed:
@@ -91,6 +91,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         signer=signer,
         crew_file=arguments.run_dir / CREW_NAME,
         ca_certificate=ca_certificate,
+        max_tenant_upload_bytes=arguments.max_tenant_upload_bytes,
     )
 
     async def connect() -> None:
@@ -188,6 +189,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--weight", type=_weight, action="append", default=[], help="TENANT=SHARE of a device"
+    )
+    parser.add_argument("--max-registered", type=int, default=MAX_MODELS, help="names of models")
+    parser.add_argument(
+        "--max-upload-bytes", type=int, default=MAX_BLOB_BYTES, help="files of one model"
+    )
+    parser.add_argument(
+        "--max-tenant-upload-bytes", type=int, default=0, help="of one tenant; 0 for no limit"
     )
     parser.add_argument("--metrics-port", type=int, default=0, help="0 for no metrics")
     parser.add_argument("--idle-shutdown-s", type=float, default=0.0, help="0 for never")

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from nos.errors import ConfigError
 from nos.wire.host import is_loopback
+from nos.wire.limits import MAX_STREAMS
 from nos.wire.local import state_dir
 from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
@@ -89,6 +90,23 @@ class Settings(BaseSettings):
     executor_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Bytes of main memory that one executor may have for itself; beyond it models run out of memory.
     Default: no limit, but where memory ends the kernel ends executors first."""
+    max_streams: Annotated[int, Field(ge=1, le=100_000)] = MAX_STREAMS
+    """Streams that one worker serves at once; the next is refused. An idle one costs some 80 KiB in all."""
+    max_tenant_streams: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Of these, how many one tenant may have; 0 means all."""
+    max_queued: Annotated[int, Field(ge=1)] = 256
+    """Requests of one model that may wait on a worker; the next is refused with a time to come back."""
+    max_queued_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(512 << 20)
+    """Bytes of these; one larger request is taken alone."""
+    load_timeout_s: Annotated[float, Field(gt=0, le=300)] = 300.0
+    """Seconds that each step of loading a model may take; then it has failed. Clients wait no longer than
+    for the default."""
+    max_registered: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    """Names of models that there may be, those of the server and of --models among them."""
+    max_upload_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(20 << 30)
+    """Bytes of the files of one model together, and of each of them."""
+    max_tenant_upload_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)
+    """Bytes that one tenant may upload as long as the server lives; 0 means no limit."""
     scale_down_s: Annotated[float, Field(gt=0)] = 60.0
     """Replicas of a model that may have several leave after they have been too many for so many seconds."""
     drain_s: Annotated[float, Field(gt=0)] = 30.0
@@ -135,14 +153,18 @@ class Settings(BaseSettings):
     @classmethod
     def _check_folders(cls, given: list[Path]) -> list[Path]:
         for folder in given:
-            if not folder.is_dir():
-                raise ValueError(f"an existing folder, got {str(folder)!r}")
+            try:
+                is_there = folder.is_dir()
+            except OSError:  # a name that no folder can have
+                is_there = False
+            if not is_there:
+                raise ValueError(f"an existing folder, got {str(folder)[:200]!r}")
         return [folder.absolute() for folder in given]
 
     @field_validator("state_dir")
     @classmethod
     def _expand(cls, given: Path) -> Path:
-        return given.expanduser().absolute()
+        return _absolute(given)
 
     @field_validator("worker_host")
     @classmethod
@@ -189,7 +211,14 @@ class Settings(BaseSettings):
                 "--tls-dir with a scheduler at tls://, and only there, got "
                 + ("none" if needs_tls else str(given))
             )
-        return given.expanduser().absolute() if given is not None else None
+        return _absolute(given) if given is not None else None
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"a folder, got {str(path)!r}: {error}") from error
 
 
 def _port_of(url: str) -> int:

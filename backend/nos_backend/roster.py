@@ -127,6 +127,11 @@ def plan_children(
                 readable_paths=os.pathsep.join(map(str, readable_paths(settings.state_dir))),
                 homes_dir=str(settings.state_dir / HOMES_NAME),
                 executor_bytes=settings.executor_bytes,
+                max_streams=settings.max_streams,
+                max_tenant_streams=settings.max_tenant_streams,
+                max_queued=settings.max_queued,
+                max_queued_bytes=settings.max_queued_bytes,
+                load_timeout_s=settings.load_timeout_s,
                 host=settings.worker_host or comm_host,
                 ready_file=str(ready_file),
             ),
@@ -264,6 +269,9 @@ def _gateway_command(
         *("--state-dir", str(settings.state_dir), "--run-dir", str(run_dir)),
         *("--token-file", str(token_file)),
         *("--idle-shutdown-s", f"{settings.idle_shutdown_s:g}", "--log-level", settings.log_level),
+        *("--max-registered", str(settings.max_registered)),
+        *("--max-upload-bytes", str(int(settings.max_upload_bytes))),
+        *("--max-tenant-upload-bytes", str(int(settings.max_tenant_upload_bytes))),
     ]
     if tls is not None:
         arguments += ["--tls-dir", str(tls.folder)]

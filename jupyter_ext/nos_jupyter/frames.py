@@ -45,7 +45,7 @@ def unpack(message: bytes) -> tuple[dict[str, Any], bytes]:
     end = _LENGTH.size + _LENGTH.unpack_from(message)[0]
     try:
         header = json.loads(message[_LENGTH.size : end])
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or end > len(message):
         raise InvalidRequestError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 from nos import types
-from nos.errors import InvalidRequestError
+from nos.errors import InvalidRequestError, NosError, VersionMismatchError
 from nos.wire import signature, status, values
 from nos.wire.v1 import cluster_pb2, models_pb2
 
@@ -36,6 +36,24 @@ class Rpc(Generic[T]):
     parse: Callable[[bytes], T]
     #: Replaces the client's default where the server may rightly take longer.
     timeout_s: float | None = None
+
+    def read(self, raw: bytes) -> T:
+        """Return what an answer, or a message of a feed, means.
+
+        Raises:
+            NosError: If it says so.
+            VersionMismatchError: If it means nothing to this version.
+        """
+        try:
+            return self.parse(raw)
+        except NosError:
+            raise
+        except Exception as error:  # protobuf's DecodeError is no stable class across its backends
+            raise VersionMismatchError(
+                "the server's answer makes no sense",
+                got=f"{len(raw)} bytes for {self.path}: {error!r:.200}",
+                hint="Another version may serve there; install the client of that version",
+            ) from error
 
 
 def list_models(pattern: str) -> Rpc[types.ModelList]:
@@ -346,16 +364,23 @@ def _typed(kind: models_pb2.Type) -> dict[str, Any]:
     return {
         "kind": _kind_name(kind),
         "item_kind": _kind_name(kind.item),
-        "dtype": values.DTYPE_NAMES[kind.dtype] if kind.dtype else "",
+        "dtype": values.dtype_name(kind.dtype) if kind.dtype else "",
         "shape": tuple(it.name or it.size for it in kind.shape) if kind.has_shape else None,
-        "choices": tuple(values.read(choice, memoryview(b"")) for choice in kind.choices),
+        "choices": tuple(_choice(choice) for choice in kind.choices),
         "is_optional": kind.is_optional,
     }
+
+
+def _choice(choice: values_pb2.Value) -> Any:
+    values.check(choice, 0, "choices")
+    return values.read(choice, memoryview(b""))
 
 
 def _kind_name(kind: models_pb2.Type) -> str:
     if kind.kind == models_pb2.TYPE_KIND_UNSPECIFIED:
         return "anything"
+    if kind.kind not in models_pb2.TypeKind.values():
+        return "unknown"
     return models_pb2.TypeKind.Name(kind.kind).removeprefix("TYPE_KIND_").lower()
 
 
@@ -489,5 +514,7 @@ def _to_worker(message: cluster_pb2.Worker) -> types.Worker:
 
 
 def _state(number: models_pb2.ModelState.ValueType) -> str:
+    if number not in models_pb2.ModelState.values():
+        return "unknown"
     name: str = models_pb2.ModelState.Name(number)
     return name.removeprefix("MODEL_STATE_").lower()

@@ -109,15 +109,18 @@ class Engine:
         answer: Future[T] = Future()
 
         def on_done(it: Future[bytes]) -> None:
-            try:
+            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
                 if it.cancelled():
                     answer.cancel()
                 elif (error := it.exception()) is not None:
                     answer.set_exception(error)
                 else:
-                    answer.set_result(rpc.parse(it.result()))
-            except InvalidStateError:  # cancelled meanwhile
-                pass
+                    try:
+                        found = rpc.read(it.result())
+                    except NosError as refusal:
+                        answer.set_exception(refusal)
+                    else:
+                        answer.set_result(found)
 
         raw.add_done_callback(on_done)
         answer.add_done_callback(lambda it: raw.cancel() if it.cancelled() else None)
@@ -136,7 +139,7 @@ class Engine:
         """Open a feed of the control plane."""
         request = rpc.request.SerializeToString()
         call = self._gateway().stream(rpc.path, iter((request,)), self._token())
-        return Feed(call, rpc.parse)
+        return Feed(call, rpc.read)
 
     def send(self, path: str, requests: Iterator[bytes]) -> bytes:
         """Stream requests of the control plane to the server and return its answer.

@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -91,6 +92,8 @@ def read(path: Path) -> list[ModelEntry]:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("the file cannot be read", "file", got=f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError("the file is nested too deeply", "file", got=str(path)) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -162,7 +165,7 @@ class _Reader:
         if isinstance(value, str):
             value = self._path.parent / value
         elif not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._wrong(node, "env", "packages, or a requirements file", repr(value)[:80])
+            raise self._wrong(node, "env", "packages, or a requirements file", reprlib.repr(value))
         try:
             return packages(value)
         except InvalidRequestError as error:
@@ -171,7 +174,7 @@ class _Reader:
     def _pin(self, node: Any) -> bool | None:
         value = None if node is None else self._value(node)
         if node is not None and not isinstance(value, bool):
-            raise self._wrong(node, "pin", "true or false", repr(value)[:80])
+            raise self._wrong(node, "pin", "true or false", reprlib.repr(value))
         return value
 
     def _seconds(self, key: str, node: Any) -> float | None:
@@ -179,9 +182,9 @@ class _Reader:
             return None
         value = self._value(node)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(node, key, "seconds", repr(value)[:80])
+            raise self._wrong(node, key, "seconds", reprlib.repr(value))
         if not 0 <= value < float("inf"):
-            raise self._wrong(node, key, "seconds, at least 0", repr(value)[:80])
+            raise self._wrong(node, key, "seconds, at least 0", reprlib.repr(value))
         return float(value)
 
     def _replicas(self, node: Any) -> tuple[int, int] | None:
@@ -199,7 +202,7 @@ class _Reader:
     def _count(self, key: str, node: Any) -> int | None:
         value = None if node is None else self._value(node)
         if node is not None and (type(value) is not int or value < 0):
-            raise self._wrong(node, key, "a whole number, at least 0", repr(value)[:80])
+            raise self._wrong(node, key, "a whole number, at least 0", reprlib.repr(value))
         return value
 
     def _members(
@@ -223,7 +226,7 @@ class _Reader:
     def _text(self, key: str, node: Any) -> str:
         value = self._value(node)
         if not isinstance(value, str) or not value:
-            raise self._wrong(node, key, "text", repr(value)[:80])
+            raise self._wrong(node, key, "text", reprlib.repr(value))
         return value
 
     def _value(self, node: Any) -> Any:
@@ -231,6 +234,9 @@ class _Reader:
             return self._yaml.SafeLoader("").construct_document(node)
         except self._yaml.YAMLError as error:
             raise self._wrong(node, "this", "plain YAML", str(error.problem)) from error
+        # A date that is none, for instance.
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._wrong(node, "this", "plain YAML", str(error)) from error
 
     def _wrong(self, node: Any, what: str, expected: str, got: str = "") -> ConfigError:
         line = node.start_mark.line + 1

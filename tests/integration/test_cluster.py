@@ -395,6 +395,37 @@ async def test_a_worker_whose_device_disappears_ends_and_is_back_with_it(cluster
     await until(lambda: num_workers(link), 3)
 
 
+async def pid_of(link: ClusterLink, name: str) -> int:
+    """Return a worker's process; 0 while there is none."""
+    try:
+        return await worker_pid(link, name)
+    except (StopIteration, UnavailableError, RuntimeError):
+        return 0
+
+
+@pytest.mark.accept("E4")
+@pytest.mark.long
+@pytest.mark.asyncio
+async def test_a_worker_that_dies_again_and_again_gets_no_model_and_disturbs_none(link):
+    [placement] = await link.load(definition())
+    (flapping,) = {"a", "b"} - {placement.worker}
+    events: list[ClusterEvent] = []
+    link.subscribe(events.append)
+    for _ in range(3):
+        pid = await pid_of(link, flapping)
+        os.kill(pid, signal.SIGKILL)
+
+        async def is_back(lost: int = pid) -> bool:
+            return await pid_of(link, flapping) not in {0, lost}
+
+        await until(is_back, True, timeout_s=60)
+    # It has nothing else to do, and is chosen last all the same.
+    placed = [await link.load(definition(f"test/m{index}")) for index in range(3)]
+    assert {one.worker for [one] in placed} == {placement.worker}
+    assert (await link.load(definition()))[0] == placement
+    assert [event for event in events if event.model == "test/double@v1"] == []
+
+
 @pytest.mark.asyncio
 async def test_a_worker_that_cannot_serve_never_joins(cluster, link):
     command = worker_command(

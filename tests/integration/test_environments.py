@@ -31,7 +31,9 @@ def make_wheel(folder: Path, name: str, source: str, *, requires: str = "") -> N
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
     if requires:
         metadata += f"Requires-Dist: {requires}\n"
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(
+        folder / f"{name}-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED
+    ) as wheel:
         wheel.writestr(f"{name}.py", source)
         wheel.writestr(f"{info}/METADATA", metadata)
         wheel.writestr(
@@ -143,6 +145,21 @@ async def test_one_that_takes_too_long_or_too_much_is_ended(tmp_path: Path, whee
     large = Environments(EnvironmentOptions(folder=folder, max_bytes=1000))
     with pytest.raises(LoadError, match="more than 1000 bytes"):
         await large.python(["nostestdep"])
+
+
+@pytest.mark.asyncio
+async def test_a_package_that_unpacks_to_too_much_is_stopped_at_the_limit(
+    tmp_path: Path, wheels: Path
+) -> None:
+    make_wheel(wheels, "bomb", "#" * (64 << 20))
+    assert (wheels / "bomb-1.0-py3-none-any.whl").stat().st_size < 1 << 20
+    folder = tmp_path / "environments"
+    bounded = Environments(EnvironmentOptions(folder=folder, max_bytes=8 << 20))
+    with pytest.raises(LoadError, match="File too large"):
+        await bounded.python(["bomb"])
+    left = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20]
+    assert left == []
+    assert exists(await bounded.python(["nostestdep"]))
 
 
 @pytest.mark.asyncio

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.asyncio
 class Gateway:
     """One gateway, its fake cluster and worker, and a channel to it."""
 
-    def __init__(self, folder, failures=None):
+    def __init__(self, folder, **options):
         self.signer = TicketSigner.generate()
         self.worker = FakeWorker(self.signer.public_key_bytes)
         self.cluster = FakeCluster()
@@ -74,7 +74,7 @@ class Gateway:
             tokens=Tokens({TOKENS[name]: ("local", role) for name, role in roles.items()}),
             signer=self.signer,
             ticket_ttl_s=TICKET_TTL_S,
-            failures=failures,
+            **options,
         )
 
     async def start(self):
@@ -648,6 +648,16 @@ async def test_interrupted_upload_resumes_where_it_stopped(gateway):
         await gateway.blobs.Upload(upload(CONTENT), metadata=ADMIN)
     await gateway.blobs.Upload(upload(CONTENT, 1_500_000), metadata=ADMIN)
     assert await fetch(gateway) == CONTENT
+
+
+async def test_tenant_uploads_up_to_its_limit_and_no_more(tmp_path):
+    gateway = Gateway(tmp_path, max_tenant_upload_bytes=2 * len(CONTENT) - 1)
+    await gateway.start()
+    await gateway.blobs.Upload(upload(CONTENT), metadata=ADMIN)
+    await gateway.blobs.Upload(upload(CONTENT[:-1]), metadata=ADMIN)
+    with raises(errors.LimitExceededError, f"at most {2 * len(CONTENT) - 1} bytes"):
+        await gateway.blobs.Upload(upload(b"x"), metadata=ADMIN)
+    await gateway.stop()
 
 
 async def test_cancelled_upload_frees_the_blob_for_the_next(gateway):

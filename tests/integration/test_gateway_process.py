@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sqlite3
 from pathlib import Path
 
 import grpc
@@ -11,6 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nos.wire.limits import TOKEN_KEY
 from nos.wire.v1 import cluster_pb2, cluster_pb2_grpc
+from nos_backend.control.blobs import BlobStore
+from nos_backend.control.registry import FILE_NAME, Registry
 
 from tests.gateways import START_S, TOKEN, flags, log_of, ready, scheduler, start
 from tests.servers import wait_for
@@ -77,6 +80,20 @@ def test_start_that_cannot_be_says_why_in_one_line(flags, start, changes, told):
     (line,) = [line for line in log_of(flags).splitlines() if line.startswith("nos gateway:")]
     assert told in line
     assert "Traceback" not in log_of(flags)
+
+
+def test_registry_from_the_future_stops_the_start_and_is_left_alone(flags, start):
+    folder = Path(flags["--state-dir"])
+    Registry(folder, BlobStore(folder / "blobs")).close()
+    with sqlite3.connect(folder / FILE_NAME) as connection:
+        connection.execute("PRAGMA user_version = 1000")
+    connection.close()
+    before = (folder / FILE_NAME).read_bytes()
+    process = start(flags)
+    assert process.wait(START_S) == 1
+    (line,) = log_of(flags).splitlines()
+    assert "written by a newer server" in line
+    assert (folder / FILE_NAME).read_bytes() == before
 
 
 def test_sigterm_ends_a_gateway_that_waits_for_its_scheduler(flags, start):

@@ -290,6 +290,16 @@ def test_a_stream_too_many_is_refused_at_once_and_the_next_finds_room():
         assert small.stream("fake/slow@v1").hello().version == 1
 
 
+def test_a_tenant_with_all_its_streams_leaves_room_for_others():
+    with running_plane(fake_models("slow"), max_tenant_streams=2) as shared:
+        streams = [shared.stream("fake/slow@v1", tenant="ann") for _ in range(2)]
+        for stream in streams:
+            stream.hello()
+        with pytest.raises(OverloadedError, match="expected at most 2 of one tenant"):
+            shared.stream("fake/slow@v1", tenant="ann").hello()
+        assert shared.stream("fake/slow@v1", tenant="bob").hello().version == 1
+
+
 @pytest.mark.accept("D2")
 def test_an_idle_stream_costs_little(server, accept, tmp_path):
     num_streams = 1000 if accept.strict else 200

@@ -7,12 +7,22 @@ import os
 import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from nos.errors import ConfigError
+from nos.wire.limits import MAX_STREAMS
+
+from nos_backend.definition import LOAD_TIMEOUT_S
+from nos_backend.scheduling.admission import MAX_QUEUED, MAX_QUEUED_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+
+#: Settings that are numbers of something.
+_COUNTS: Final = ("max_models", "max_queued", "max_streams", "max_tenant_streams", "num_sharing")
+#: Of the largest number of 64 bits.
+_MAX_DIGITS: Final = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +63,16 @@ class WorkerSettings:
     """Where users of owners get homes; empty: owners have no users. `NOS_WORKER_HOMES_DIR`."""
     executor_bytes: int | None = None
     """Main memory that one executor may have; None means no limit. `NOS_WORKER_EXECUTOR_BYTES`."""
+    max_streams: int = MAX_STREAMS
+    """Streams that it serves at once. `NOS_WORKER_MAX_STREAMS`."""
+    max_tenant_streams: int = 0
+    """Of these, those of one tenant; 0 means all. `NOS_WORKER_MAX_TENANT_STREAMS`."""
+    max_queued: int = MAX_QUEUED
+    """Requests of one model that may wait. `NOS_WORKER_MAX_QUEUED`."""
+    max_queued_bytes: int = MAX_QUEUED_BYTES
+    """Bytes of these. `NOS_WORKER_MAX_QUEUED_BYTES`."""
+    load_timeout_s: float = LOAD_TIMEOUT_S
+    """Seconds that each step of a load may take. `NOS_WORKER_LOAD_TIMEOUT_S`."""
     host: str = ""
     """Where its data plane listens; empty means where the Dask worker does. `NOS_WORKER_HOST`."""
     ready_file: str = ""
@@ -97,8 +117,8 @@ def _read(name: str, text: str) -> str | int | float:
             raise ConfigError(
                 f"bad {_variable(name)}", name, "a number of seconds", repr(text)
             ) from None
-    if name.endswith("_bytes") or name in ("max_models", "num_sharing"):
-        if not text.isdecimal():
+    if name.endswith("_bytes") or name in _COUNTS:
+        if not text.isdecimal() or len(text) > _MAX_DIGITS:
             wanted = "a number of bytes" if name.endswith("_bytes") else "a number"
             raise ConfigError(f"bad {_variable(name)}", name, wanted, repr(text))
         return int(text)

@@ -102,7 +102,14 @@ class HostPlugin(WorkerPlugin):
         self._worker, self._device = worker, device
         host = self._settings.host or worker.ip
         tls = None if is_loopback(host) else _tls_of(worker)
-        self._plane = DataPlane(self._make_manager, self._verify, host, tls=tls)
+        self._plane = DataPlane(
+            self._make_manager,
+            self._verify,
+            host,
+            max_streams=self._settings.max_streams,
+            max_tenant_streams=self._settings.max_tenant_streams,
+            tls=tls,
+        )
         await asyncio.to_thread(self._plane.start)
         try:
             await self._refresh()
@@ -246,6 +253,7 @@ class HostPlugin(WorkerPlugin):
     def _make_manager(self) -> ModelManager:
         from nos_backend.worker.bounds import BoundsOptions, Confinement
         from nos_backend.worker.environments import EnvironmentOptions, Environments
+        from nos_backend.worker.limits import WorkLimits
         from nos_backend.worker.manager import ModelManager
         from nos_backend.worker.memory import MemoryOptions
         from nos_backend.worker.profiles import ProfileOptions
@@ -289,6 +297,11 @@ class HostPlugin(WorkerPlugin):
             profiles=profiles,
             on_event=self._tell,
             probes=Probes(device_room_bytes=partial(free_bytes, self._device.name, os.environ)),
+            limits=WorkLimits(
+                max_queued=settings.max_queued,
+                max_queued_bytes=settings.max_queued_bytes,
+                load_timeout_s=settings.load_timeout_s,
+            ),
         )
         return self._manager
 

@@ -45,9 +45,10 @@ def check_sha256(sha256: str) -> str:
 class BlobStore:
     """A folder of blobs. Its methods touch the disk: call them where that may take its time."""
 
-    def __init__(self, folder: Path) -> None:
-        """Use `folder`, which is made when first written to."""
+    def __init__(self, folder: Path, max_bytes: int = MAX_BLOB_BYTES) -> None:
+        """Use `folder`, which is made when first written to, for blobs of at most `max_bytes`."""
         self.folder = folder
+        self.max_bytes = max_bytes
         #: Blobs that an upload is writing to; guarded by the lock.
         self._writing: set[str] = set()
         self._lock = threading.Lock()
@@ -149,9 +150,9 @@ class BlobStore:
             UnavailableError: If another upload of it is under way.
         """
         received_bytes, is_complete = self.stat(sha256)
-        if size_bytes > MAX_BLOB_BYTES:
+        if size_bytes > self.max_bytes:
             raise LimitExceededError(
-                "the blob is too large", "size_bytes", f"at most {MAX_BLOB_BYTES}", str(size_bytes)
+                "the blob is too large", "size_bytes", f"at most {self.max_bytes}", str(size_bytes)
             )
         if not is_complete and received_bytes > size_bytes:
             self._partial(sha256).unlink(missing_ok=True)

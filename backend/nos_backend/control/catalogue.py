@@ -77,7 +77,8 @@ class Entry:
 class Catalogue:
     """Models by name, in memory; belongs to the gateway's loop. What is to stay goes through `Registrar`."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_models: int = MAX_MODELS) -> None:
+        self._max_models = max_models
         self._entries: dict[str, Entry] = {}
         #: The highest number that each name ever had; survives deletion, so that no version is reused.
         self._last_versions: dict[str, int] = {}
@@ -318,9 +319,12 @@ class Catalogue:
             raise AlreadyExistsError(
                 f"the name {definition.name!r} is taken", "name", hint="Choose another name"
             )
-        if entry is None and len(self._entries) >= MAX_MODELS:
+        if entry is None and len(self._entries) >= self._max_models:
             raise LimitExceededError(
-                "the catalogue is full", "name", f"at most {MAX_MODELS} models", hint="Delete some"
+                "the catalogue is full",
+                "name",
+                f"at most {self._max_models} models",
+                hint="Delete some, or start the server with a larger --max-registered",
             )
         held = sum(
             len(version.definition.source)

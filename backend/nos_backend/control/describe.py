@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from nos.errors import InvalidRequestError, LimitExceededError
+from nos.errors import InvalidRequestError, LimitExceededError, NosError
 from nos.wire.signature import CALL
 from nos.wire.v1 import models_pb2
 
@@ -90,6 +90,14 @@ def describe(
         return [module.describe(target, digest) for target in targets]
     except RecursionError as error:
         raise InvalidRequestError(f"{source_name} is nested too deeply", "source") from error
+    except NosError:  # some of them are ValueErrors too
+        raise
+    except ValueError as error:  # text that is no Unicode, numbers of thousands of digits
+        raise InvalidRequestError(
+            f"{source_name} has a value that cannot be told to clients",
+            "source",
+            got=str(error)[:200],
+        ) from error
 
 
 def _parse(source: str, source_name: str) -> ast.Module:

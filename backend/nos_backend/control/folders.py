@@ -48,7 +48,7 @@ class FolderStore:
             LoadError: If a blob was changed on the disk.
             OSError: If the disk is full or fails; then nothing is kept.
         """
-        by_path = check_files(files)
+        by_path = check_files(files, self._blobs.max_bytes)
         folder = self._root / folder_name({path: file.sha256 for path, file in by_path.items()})
         if folder.is_dir():
             return folder
@@ -103,8 +103,10 @@ class FolderStore:
             raise LoadError("a blob was changed on the disk", "files", file.sha256, file.path)
 
 
-def check_files(files: Iterable[models_pb2.ModelFile]) -> dict[str, models_pb2.ModelFile]:
-    """Return files by path, if a folder of its own can have them all.
+def check_files(
+    files: Iterable[models_pb2.ModelFile], max_bytes: int = MAX_BLOB_BYTES
+) -> dict[str, models_pb2.ModelFile]:
+    """Return files by path, if a folder of its own can have them all; of at most `max_bytes` together.
 
     Raises:
         InvalidRequestError: If a path leads out of the folder, or meets another.
@@ -124,11 +126,11 @@ def check_files(files: Iterable[models_pb2.ModelFile]) -> dict[str, models_pb2.M
                     "a file is also a folder", "files", "one of the two", f"{parent} and {path}"
                 )
     size_bytes = sum(file.size_bytes for file in found.values())
-    if len(found) > MAX_FILES or size_bytes > MAX_BLOB_BYTES:
+    if len(found) > MAX_FILES or size_bytes > max_bytes:
         raise LimitExceededError(
             "the model has too many files, or too large ones",
             "files",
-            f"at most {MAX_FILES} files of {MAX_BLOB_BYTES} bytes together",
+            f"at most {MAX_FILES} files of {max_bytes} bytes together",
             f"{len(found)} of {size_bytes} bytes",
         )
     return found

@@ -35,6 +35,19 @@ _logger = logging.getLogger(__name__)
 
 FILE_NAME: Final = "registry.db"
 
+#: What reading a row raises whose content makes no sense.
+_DAMAGED: Final = (
+    NosError,
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    DecodeError,
+)
+#: Types of what a token's row holds, in the order that they are read.
+_TOKEN_ROW: Final = (str, bytes, str, int, str, float, float)
 #: Fields of a definition that have columns, a table or a blob of their own; the others are in the row's JSON.
 _COLUMNS: Final = frozenset({"name", "version", "owner", "source", "spec", "profiles"})
 
@@ -76,6 +89,10 @@ class Limits:
     """The least that models may use there; None: as its author says."""
     placement: str = ""
     """`spread` or `pack`; empty: as its author says."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_replicas <= self.max_replicas:
+            raise ValueError(f"{self.min_replicas} to {self.max_replicas} replicas")
 
 
 @dataclass(slots=True)
@@ -144,7 +161,7 @@ class Registry:
                     }
                 )
                 _check_folder(model.definitions[version])
-            except (NosError, OSError, ValueError, TypeError, KeyError, DecodeError) as error:
+            except _DAMAGED as error:
                 _logger.error("%s@v%d cannot be served: %s", name, version, error)  # noqa: TRY400
                 model.definitions.pop(version, None)
                 model.errors[version] = LoadError(
@@ -159,7 +176,7 @@ class Registry:
         for (raw,) in self._database.read("SELECT profile FROM profiles"):
             try:
                 found.append(models_pb2.Profile.FromString(raw))
-            except DecodeError:
+            except (DecodeError, TypeError):
                 _logger.warning("a profile in the registry is damaged")
         return found
 
@@ -169,35 +186,48 @@ class Registry:
         for name, version, limits in self._database.read("SELECT * FROM limits"):
             try:
                 found[f"{name}@v{version}"] = Limits(**json.loads(limits))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 _logger.warning("the limits of %s@v%d are damaged: %s", name, version, error)
         return found
 
     def references(self) -> tuple[set[str], set[str]]:
-        """Return what versions need: blobs by their sha256, and folders by their paths."""
+        """Return what versions need: blobs by their sha256, and folders by their paths.
+
+        Raises:
+            LoadError: If that cannot be read of one.
+        """
         blobs, folders = set(), set()
         for sha256, fields in self._database.read("SELECT source_sha256, definition FROM versions"):
             blobs.add(sha256)
-            folders.add(json.loads(fields).get("folder", ""))
+            try:
+                folders.add(json.loads(fields)["folder"])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise LoadError("a version's row in the registry is damaged") from error
         return blobs, folders
 
     def read_tokens(self) -> list[StoredToken]:
         """Return the tokens that were not revoked, in order of creation; some may have expired."""
-        return [
-            StoredToken(
-                token_id=token_id,
-                sha256=sha256,
-                tenant=tenant,
-                role=access_pb2.Role.ValueType(role),
-                label=label,
-                created_s=created_s,
-                expires_s=expires_s,
-            )
-            for token_id, sha256, tenant, role, label, created_s, expires_s in self._database.read(
-                "SELECT token_id, sha256, tenant, role, label, created_s, expires_s FROM tokens"
-                " WHERE revoked_s IS NULL ORDER BY created_s, token_id"
-            )
-        ]
+        found = []
+        for row in self._database.read(
+            "SELECT token_id, sha256, tenant, role, label, created_s, expires_s FROM tokens"
+            " WHERE revoked_s IS NULL ORDER BY created_s, token_id"
+        ):
+            if tuple(map(type, row)) == _TOKEN_ROW and row[3] in access_pb2.Role.values():
+                token_id, sha256, tenant, role, label, created_s, expires_s = row
+                found.append(
+                    StoredToken(
+                        token_id=token_id,
+                        sha256=sha256,
+                        tenant=tenant,
+                        role=role,
+                        label=label,
+                        created_s=created_s,
+                        expires_s=expires_s,
+                    )
+                )
+            else:
+                _logger.warning("a token in the registry is damaged, and not accepted")
+        return found
 
     async def add_version(self, definition: ModelDefinition, actor: Actor) -> None:
         """Keep a version for good.

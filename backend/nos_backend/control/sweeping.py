@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import time
 from typing import TYPE_CHECKING, Final
+
+from nos.errors import LoadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from nos_backend.control.registry import Registry
+
+_logger = logging.getLogger(__name__)
 
 #: What is younger may belong to a registration that is on its way.
 _MIN_AGE_S: Final = 24 * 3600.0
@@ -26,7 +31,11 @@ def sweep(registry: Registry, blobs: Path, folders: Path, min_age_s: float = _MI
         folders: The folder of models' folders.
         min_age_s: What was changed later than that stays.
     """
-    kept_blobs, kept_folders = registry.references()
+    try:
+        kept_blobs, kept_folders = registry.references()
+    except LoadError as error:
+        _logger.warning("nothing is removed: %s", error)
+        return 0
     limit_s = time.time() - min_age_s
     num_removed = 0
     for path in _entries(blobs, depth=2):

@@ -286,7 +286,10 @@ def _check_members(kind: str, content: list[Any], block_bytes: int, depth: int) 
 def _check_tensor(content: list[Any], block_bytes: int) -> None:
     match content:
         case [str(dtype), list(shape), offset] if dtype in ITEM_BYTES and len(shape) <= MAX_RANK:
-            size = math.prod(_whole(length) for length in shape) * ITEM_BYTES[dtype]
+            lengths = [_whole(length) for length in shape]
+            if math.prod(length or 1 for length in lengths) * ITEM_BYTES[dtype] >= _INT64:
+                raise MalformedError("tensor over 64 bits")
+            size = math.prod(lengths) * ITEM_BYTES[dtype]
         case _:
             raise MalformedError("no tensor")
     if _whole(offset) + size > block_bytes:

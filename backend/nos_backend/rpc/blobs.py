@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from nos.errors import InvalidRequestError, LimitExceededError
 from nos.wire.v1 import blobs_pb2, blobs_pb2_grpc
+
+from nos_backend.rpc.guard import caller
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -22,8 +25,17 @@ _PIECE_BYTES: Final = 1 << 20
 class BlobService(blobs_pb2_grpc.BlobServiceServicer):
     """Serves `nos.v1.BlobService`."""
 
-    def __init__(self, store: BlobStore) -> None:
+    def __init__(self, store: BlobStore, max_tenant_bytes: int = 0) -> None:
+        """Serve a store.
+
+        Args:
+            store: The blobs.
+            max_tenant_bytes: What one tenant may send as long as this server lives; 0 means no limit.
+        """
         self._store = store
+        self._max_tenant_bytes = max_tenant_bytes
+        #: By tenant: what it sent, whole blobs or not.
+        self._sent_bytes: Counter[str] = Counter()
 
     async def Stat(
         self, request: blobs_pb2.StatRequest, context: Context
@@ -45,9 +57,9 @@ class BlobService(blobs_pb2_grpc.BlobServiceServicer):
         with _disk_errors():
             writer = await self._open(first)
             try:
-                await asyncio.to_thread(writer.write, first.data)
+                await self._write(writer, first.data)
                 async for request in requests:
-                    await asyncio.to_thread(writer.write, request.data)
+                    await self._write(writer, request.data)
                 await asyncio.to_thread(writer.finish)
             finally:
                 await asyncio.to_thread(writer.close)
@@ -65,6 +77,19 @@ class BlobService(blobs_pb2_grpc.BlobServiceServicer):
             yield blobs_pb2.FetchResponse(size_bytes=size_bytes, data=data)
             while data := await asyncio.to_thread(file.read, _PIECE_BYTES):
                 yield blobs_pb2.FetchResponse(data=data)
+
+    async def _write(self, writer: BlobWriter, data: bytes) -> None:
+        tenant, most = caller().tenant, self._max_tenant_bytes
+        sent_bytes = self._sent_bytes[tenant] + len(data)
+        if most and sent_bytes > most:
+            raise LimitExceededError(
+                f"{tenant} has uploaded too much",
+                "data",
+                f"at most {most} bytes until the server starts again",
+                str(sent_bytes),
+            )
+        self._sent_bytes[tenant] = sent_bytes
+        await asyncio.to_thread(writer.write, data)
 
     async def _open(self, first: blobs_pb2.UploadRequest) -> BlobWriter:
         opening = asyncio.ensure_future(

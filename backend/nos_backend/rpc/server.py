@@ -73,6 +73,7 @@ class GatewayServer:
         ticket_ttl_s: float = TICKET_TTL_S,
         crew_file: Path | None = None,
         ca_certificate: bytes = b"",
+        max_tenant_upload_bytes: int = 0,
     ) -> None:
         """Put the server together; nothing listens yet.
 
@@ -87,6 +88,7 @@ class GatewayServer:
             ticket_ttl_s: How long tickets last.
             crew_file: Where the supervisor says which workers there may be; None without one.
             ca_certificate: PEM of what signed the workers' certificates; empty where none encrypts.
+            max_tenant_upload_bytes: What one tenant may upload as long as it lives; 0 means no limit.
 
         Raises:
             ConfigError: If a served method declares no permission.
@@ -133,7 +135,9 @@ class GatewayServer:
             server,
         )
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self._clusters, server)
-        blobs_pb2_grpc.add_BlobServiceServicer_to_server(BlobService(blobs), server)
+        blobs_pb2_grpc.add_BlobServiceServicer_to_server(
+            BlobService(blobs, max_tenant_upload_bytes), server
+        )
         access_pb2_grpc.add_AccessServiceServicer_to_server(
             AccessService(tokens, registry, self._on_revoked), server
         )

@@ -166,7 +166,9 @@ class Confinement:
         """Take the strongest that works here."""
         has_users = os.geteuid() == 0 and self._options.homes is not None and self._num_uids > 0
         has_landlock = landlock_version() > 0
-        lacks: list[str] = [] if has_landlock else ["the kernel has no landlock"]
+        lacks = [] if has_landlock else ["the kernel has no landlock"]
+        if os.geteuid() != 0:
+            lacks.append("only root gives owners users of their own")
         for self.has_users, self._reads_as_root, self.has_landlock in _TIERS:
             if self.has_users <= has_users and self.has_landlock <= has_landlock:
                 problem = self._probe()

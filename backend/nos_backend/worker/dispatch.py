@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from nos_backend.scheduling.caps import Cap
     from nos_backend.worker.executors import Block, Blocks, Executor, Reply
+    from nos_backend.worker.limits import WorkLimits
     from nos_backend.worker.memory import DeviceMemory
 
 __all__ = ["Dispatcher", "Request", "failure"]
@@ -58,6 +59,7 @@ class Dispatcher:
         on_lost: Callable[[str, Executor, str], None],
         memory: DeviceMemory,
         on_capped: Callable[[str, Cap | None], None],
+        limits: WorkLimits,
     ) -> None:
         """Make a dispatcher without executors.
 
@@ -67,9 +69,13 @@ class Dispatcher:
                 call `lost`.
             memory: Knows whose weights are on the device, and is told what runs.
             on_capped: Called with a model and what its batches keep to by what they taught.
+            limits: How many requests may wait.
         """
         self._queue = DeviceQueue(
-            max_concurrent_batches=max_concurrent_batches, may_start=memory.may_start
+            max_concurrent_batches=max_concurrent_batches,
+            max_queued=limits.max_queued,
+            max_queued_bytes=limits.max_queued_bytes,
+            may_start=memory.may_start,
         )
         self._on_lost = on_lost
         self._memory = memory

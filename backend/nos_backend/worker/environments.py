@@ -17,6 +17,7 @@ import importlib.metadata
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,9 @@ class Environments:
                 process_group=0,
                 env={**os.environ, "PYTHONPATH": "", "PYTHONNOUSERSITE": "1"},
             )
+        with contextlib.suppress(ProcessLookupError):
+            # What is unpacked grows faster than it is measured.
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (self._options.max_bytes,) * 2)
         try:
             problem = await self._watch(process, folder)
         finally:

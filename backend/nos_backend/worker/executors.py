@@ -54,6 +54,7 @@ from nos_backend.worker.replies import (
     Reply,
     to_error,
     to_load_error,
+    to_seconds,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +80,15 @@ _FULL_PIPE_S: Final = 0.005
 _REASON_CHARS: Final = 300
 
 #: What comes of taking apart a message that is not as it should be.
-_NONSENSE: Final = (AttributeError, KeyError, MalformedError, OverflowError, TypeError, ValueError)
+_NONSENSE: Final = (
+    AttributeError,
+    KeyError,
+    MalformedError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(slots=True)
@@ -568,6 +577,7 @@ class Executor(asyncio.Protocol):
         match message:
             case ShortResult(call_id, offset, size, compute_s, is_kept, raw):
                 check_block([offset, size], self._output.size_bytes)
+                compute_s = to_seconds(compute_s)
                 node, known = self._nodes.read(raw, size)
                 view = self._output.view[offset : offset + size]
                 lease = Lease(lambda: self._release(offset, size, None)) if size else NO_LEASE
@@ -591,7 +601,7 @@ class Executor(asyncio.Protocol):
                 for call_id in message["ids"]:
                     self._kept.pop(call_id).release()
             case "done":
-                float(message["took_s"])
+                to_seconds(message["took_s"])
                 self._end_request(message["id"], message)
             case "failed":
                 self._end_request(message["id"], to_error(message["error"]))
@@ -607,7 +617,7 @@ class Executor(asyncio.Protocol):
 
     def _reply(self, message: dict[str, Any]) -> None:
         kind, call_id = message["op"], message["id"]
-        compute_s = float(message["compute_s"])
+        compute_s = to_seconds(message["compute_s"])
         error = to_error(message["error"]) if kind == "error" else None
         node, view, lease = None, NO_BYTES, NO_LEASE
         if kind in {"result", "item"}:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from nos.errors import ExecutorLostError, LoadError, OutOfDeviceMemoryError
 
-from nos_backend.definition import LOAD_TIMEOUT_S
 from nos_backend.worker.integrity import check_folder
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ class Loader:
         store: Holds the host copies; the loader's to fill.
         evicted: Gives the models that are not on the device.
         on_parked: Called with a model whose copy went to a file, its bytes and the seconds it took.
+        timeout_s: The longest that each step of a load may take.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class Loader:
         store: HostStore,
         evicted: Callable[[], list[Entry]],
         on_parked: Callable[[str, int, float], None],
+        timeout_s: float,
     ) -> None:
         self._launcher = launcher
         self._store = store
         self._evicted = evicted
         self._on_parked = on_parked
+        self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         #: By owner.
         self._gates: dict[str, asyncio.Semaphore] = {}
@@ -82,11 +84,11 @@ class Loader:
             self._scratches.add(scratch)
             entry.scratch = scratch
             try:
-                made = await scratch.construct(entry.definition, LOAD_TIMEOUT_S)
+                made = await scratch.construct(entry.definition, self._timeout_s)
                 await self._make_room(made.size_bytes + made.skeleton_bytes)
                 copy = self._store.create(key, made.size_bytes, made.skeleton_bytes)
                 entry.copy = copy
-                await scratch.store(key, copy.weights_fd, copy.skeleton_fd, LOAD_TIMEOUT_S)
+                await scratch.store(key, copy.weights_fd, copy.skeleton_fd, self._timeout_s)
                 self._store.seal(copy)
             except BaseException as error:
                 scratch.kill("its model was not constructed")
@@ -96,10 +98,10 @@ class Loader:
                 raise
         entry.is_loose = bool(made.loose)
         notes = [f"own executor: {made.immovable}"] if made.immovable else []
-        if made.loose:
-            notes.append(f"outside its run of weights: {', '.join(made.loose)}")
         if made.made_first:
             notes.append(f"loaded with its weights in memory twice: {made.made_first}")
+        if made.loose:
+            notes.append(f"outside its run of weights: {', '.join(made.loose)}")
         entry.note = "; ".join(notes)
 
     async def attempt(
@@ -122,9 +124,9 @@ class Loader:
             self._scratches.add(scratch)
             scratch.mute()
             try:
-                await scratch.construct(definition, LOAD_TIMEOUT_S)
+                await scratch.construct(definition, self._timeout_s)
                 if call is not None:
-                    await scratch.attempt(definition, call, data, LOAD_TIMEOUT_S)
+                    await scratch.attempt(definition, call, data, self._timeout_s)
             except ExecutorLostError as error:
                 message = f"{definition.key} ended its executor when it was tried"
                 raise LoadError(message, got=await scratch.closed) from error
@@ -155,14 +157,14 @@ class Loader:
             raise AssertionError("constructed before")
         if not entry.is_movable:
             has_run = copy.size_bytes > 0 and not entry.is_loose
-            await executor.adopt(entry.key, copy.weights_fd if has_run else None, LOAD_TIMEOUT_S)
+            await executor.adopt(entry.key, copy.weights_fd if has_run else None, self._timeout_s)
             return 0 if executor.device == "cpu" else copy.size_bytes
         fetched_bytes = 0
         if not copy.is_in_memory:
             await self._make_room(copy.total_bytes)
             await self._store.fetch(copy)
             fetched_bytes = copy.total_bytes
-        await executor.bind(entry.definition, copy.weights, copy.skeleton, LOAD_TIMEOUT_S)
+        await executor.bind(entry.definition, copy.weights, copy.skeleton, self._timeout_s)
         return fetched_bytes + (0 if executor.device == "cpu" else copy.size_bytes)
 
     async def _make_room(self, size_bytes: int) -> None:

@@ -30,6 +30,7 @@ from nos_backend.worker.entries import CRASH_WINDOW_S, MAX_CRASHES, Entry
 from nos_backend.worker.host_store import HostStore
 from nos_backend.worker.inputs import Input
 from nos_backend.worker.launcher import Launcher
+from nos_backend.worker.limits import WorkLimits
 from nos_backend.worker.loader import Loader
 from nos_backend.worker.memory import DeviceMemory, MemoryOptions, Transition
 from nos_backend.worker.model_logs import ModelLogs
@@ -83,6 +84,7 @@ class ModelManager:
         profiles: ProfileOptions | None = None,
         on_event: Callable[[str, str, str], None] = _ignore,
         probes: Probes | None = None,
+        limits: WorkLimits | None = None,
     ) -> None:
         """Make a manager without models, on the running event loop.
 
@@ -104,7 +106,9 @@ class ModelManager:
                 `profiled`, `unloaded`, `evicted`, `failed`, `quarantined`, `executor-started`,
                 `executor-lost`.
             probes: How to look at what others use of the machine and the device.
+            limits: What it takes at most; None for what is usual.
         """
+        limits = limits or WorkLimits()
         on_cpu = device == "cpu"
         cores = len(os.sched_getaffinity(0))
         self.device = device
@@ -131,6 +135,7 @@ class ModelManager:
             on_lost=self._on_lost,
             memory=self._memory,
             on_capped=self._on_capped,
+            limits=limits,
         )
         num_threads = num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS))
         self._confinement = confinement
@@ -142,7 +147,13 @@ class ModelManager:
             on_line=self._logs.add,
         )
         self._store = HostStore(budget_bytes=options.host_bytes, folder=options.folder)
-        self._loader = Loader(self._launcher, self._store, self._evicted, self._memory.note_parked)
+        self._loader = Loader(
+            self._launcher,
+            self._store,
+            self._evicted,
+            self._memory.note_parked,
+            limits.load_timeout_s,
+        )
         self._surroundings = Surroundings(
             probes or Probes(), self._memory, self._loader, usable_bytes
         )

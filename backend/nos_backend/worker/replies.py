@@ -20,11 +20,16 @@ from nos.errors import (
     UnavailableError,
 )
 
+from nos_backend.executor.messages import MalformedError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 #: How much of what a model printed an error quotes.
 TRACEBACK_TAIL_LINES: Final = 3
+#: As long as the longest that executors tell.
+_TEXT_CHARS: Final = 64 << 10
+_LONGEST_S: Final = 1e9
 #: Errors that an executor may report.
 _ERRORS: Final[dict[str, type[NosError]]] = {
     "INVALID_REQUEST": InvalidRequestError,
@@ -60,13 +65,13 @@ class Constructed:
     """Of the rest of it; 0 if it cannot be moved to another executor."""
     immovable: str
     """Why it cannot be moved."""
+    made_first: str
+    """Why its weights, which are in a file, took memory before they were read; empty if they did not."""
     loose: tuple[str, ...]
     """The first of its tensors that are in no run, each with the reason."""
     took_s: float
     """Running its source and its constructor."""
 
-    made_first: str
-    """Why its weights, which are in a file, took memory before they were read; empty if they did not."""
 
 class Lease:
     """The right to read a block of the output arena; ends once."""
@@ -144,16 +149,30 @@ def to_error(facts: dict[str, Any]) -> NosError:
     """Return what an executor reports; whatever it is not known for is the model's own."""
     if facts["reason"] == "MODEL_RAISED":
         return ModelError(
-            str(facts["message"]),
-            str(facts["type_name"]),
-            str(facts["text"]),
-            str(facts["traceback"]),
+            *(_text(facts[name]) for name in ("message", "type_name", "text", "traceback"))
         )
     cls = _ERRORS.get(facts["reason"], InternalError)
     message, about, expected, got, hint = (
-        str(facts.get(name, "")) for name in ("message", "field", "expected", "got", "hint")
+        _text(facts.get(name, "")) for name in ("message", "field", "expected", "got", "hint")
     )
     return cls(message, about, expected, got, hint)
+
+
+def _text(value: Any) -> str:
+    """Return what an executor tells as text that any message can carry: of a limited length, and Unicode."""
+    return str(value)[:_TEXT_CHARS].encode(errors="replace").decode()
+
+
+def to_seconds(value: Any) -> float:
+    """Return a time that an executor tells.
+
+    Raises:
+        MalformedError: If it cannot be one.
+    """
+    seconds = float(value)
+    if not 0 <= seconds < _LONGEST_S:
+        raise MalformedError(f"{seconds} s")
+    return seconds
 
 
 def to_load_error(key: str, error: NosError) -> NosError:

@@ -82,6 +82,7 @@ class DataPlane:
         host: str,
         port: int = 0,
         max_streams: int = MAX_STREAMS,
+        max_tenant_streams: int = 0,
         tls: tuple[bytes, bytes] | None = None,
     ) -> None:
         """Make one that does not run yet.
@@ -93,6 +94,7 @@ class DataPlane:
             host: Where to listen.
             port: 0 means any free one.
             max_streams: How many streams it serves at once.
+            max_tenant_streams: How many of these one tenant may have; 0 means all.
             tls: Private key and certificate, PEM; None for a port without TLS, which is for loopback only.
         """
         self._manager_factory = manager_factory
@@ -100,6 +102,7 @@ class DataPlane:
         self._host = host
         self._port = port
         self._max_streams = max_streams
+        self._max_tenant_streams = max_tenant_streams
         self._tls = tls
         self._thread = threading.Thread(target=self._main, name="nos-data-plane", daemon=True)
         self._loop: asyncio.AbstractEventLoop
@@ -291,9 +294,16 @@ class DataPlane:
         """Serve one stream.
 
         Raises:
-            OverloadedError: If there are as many as may be.
+            OverloadedError: If there are as many as may be, in all or of this tenant.
         """
         spec, owner = self._open(access)
+        tenant, most = access.ticket.tenant, self._max_tenant_streams
+        if most and self.streams_by_tenant.get(tenant, 0) >= most:
+            raise OverloadedError(
+                f"{tenant} has no room for another stream on this worker",
+                "streams",
+                f"at most {most} of one tenant",
+            )
         if len(self._streams) >= self._max_streams:
             raise OverloadedError(
                 "the worker has no room for another stream",

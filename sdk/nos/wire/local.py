@@ -117,9 +117,13 @@ def read_backend(folder: Path) -> BackendRecord | None:
 def _read_record(folder: Path) -> BackendRecord | None:
     try:
         found = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-        known = {field.name for field in fields(BackendRecord)}
+        known = {field.name: str(field.type) for field in fields(BackendRecord)}
+        # A float without decimals may come back as an int.
+        kinds = {"str": str, "int": int, "float": int | float}
+        if not all(isinstance(found[name], kinds[known[name]]) for name in found.keys() & known):
+            return None
         return BackendRecord(**{name: found[name] for name in found if name in known})
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from nos.errors import InvalidRequestError, InvalidTensorError, MethodNotFoundError, NosError
 from nos.wire.v1 import models_pb2, values_pb2
-from nos.wire.values import DTYPE_NAMES, OCTETS
+from nos.wire.values import OCTETS, dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -137,7 +137,7 @@ def describe(kind: models_pb2.Type) -> str:
     text = _KIND_NAMES.get(kind.kind, "anything")
     if kind.kind == models_pb2.TYPE_KIND_TENSOR:
         if kind.dtype:
-            text = f"{DTYPE_NAMES[kind.dtype]} {text}"
+            text = f"{dtype_name(kind.dtype)} {text}"
         if kind.has_shape:
             text += f" of shape {_declared_shape(kind)}"
     elif kind.kind in {models_pb2.TYPE_KIND_LIST, models_pb2.TYPE_KIND_DICT} and (
@@ -239,12 +239,12 @@ def _check_tensor(node: values_pb2.Value, kind: models_pb2.Type, where: str, siz
         raise _mismatch(node, kind, where)
     tensor = node.tensor
     if kind.dtype and tensor.dtype != kind.dtype:
-        wanted = DTYPE_NAMES[kind.dtype]
+        wanted = dtype_name(kind.dtype)
         raise InvalidTensorError(
             f"argument {where!r} has the wrong dtype",
             where,
             wanted,
-            DTYPE_NAMES.get(tensor.dtype, f"dtype {tensor.dtype}"),
+            dtype_name(tensor.dtype),
             f"Convert it, for instance with .astype({wanted!r}) or torch's .to(torch.{wanted})",
         )
     if kind.has_shape:
@@ -300,7 +300,7 @@ def _check_image(node: values_pb2.Value, kind: models_pb2.Type, where: str) -> N
             f"argument {where!r} is no image",
             where,
             "uint8 of shape (height, width, 3) or (height, width)",
-            f"{DTYPE_NAMES.get(node.tensor.dtype, 'unknown')} of shape {_shape_text(shape)}",
+            f"{dtype_name(node.tensor.dtype)} of shape {_shape_text(shape)}",
         )
 
 
@@ -348,7 +348,7 @@ def _describe_parameter(parameter: models_pb2.Parameter) -> str:
 def _describe_node(node: values_pb2.Value) -> str:
     match node.WhichOneof("kind"):
         case "tensor":
-            name = DTYPE_NAMES.get(node.tensor.dtype, "unknown")
+            name = dtype_name(node.tensor.dtype)
             return f"{name} tensor of shape {_shape_text(node.tensor.shape)}"
         case "media":
             name = "bytes" if node.media.mime_type == OCTETS else _clip(node.media.mime_type)

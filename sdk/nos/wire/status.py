@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Final
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from nos import errors
 from nos.errors import NosError, Reason
@@ -115,6 +117,7 @@ def from_status(
     """
     for key, value in metadata or ():
         if key == ERROR_KEY and isinstance(value, bytes):
-            return from_message(errors_pb2.Error.FromString(value))
+            with contextlib.suppress(DecodeError):
+                return from_message(errors_pb2.Error.FromString(value))
     reason = _BY_CODE.get(code, Reason.INTERNAL)
     return TABLE[reason][0](details or code.name.lower().replace("_", " "))

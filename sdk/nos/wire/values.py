@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OCTETS: Final = "application/octet-stream"
 
+_ADDRESSES: Final = 1 << 63
 _IS_LITTLE: Final = sys.byteorder == "little"
 
 #: Wire dtype, its name as in torch and numpy, and its element size in bytes.
@@ -211,7 +212,7 @@ def tensor_bytes(tensor: values_pb2.Tensor, where: str) -> int:
     """Return how many bytes a tensor from an untrusted peer occupies.
 
     Raises:
-        InvalidTensorError: If its dtype is unknown, its rank too high or a dimension negative.
+        InvalidTensorError: If its dtype is unknown, its rank too high, or a dimension negative or too large.
     """
     item_bytes = ITEM_BYTES.get(tensor.dtype)
     if item_bytes is None:
@@ -222,7 +223,17 @@ def tensor_bytes(tensor: values_pb2.Tensor, where: str) -> int:
         )
     if any(size < 0 for size in tensor.shape):
         raise InvalidTensorError("negative dimension", where, "sizes >= 0", str(list(tensor.shape)))
+    # No array has more, not even one without elements.
+    if math.prod(size or 1 for size in tensor.shape) * item_bytes >= _ADDRESSES:
+        raise InvalidTensorError(
+            "the dimensions are too large", where, "fewer bytes than 2**63", str(list(tensor.shape))
+        )
     return math.prod(tensor.shape) * item_bytes
+
+
+def dtype_name(number: int) -> str:
+    """Return a dtype's name, also of one that a newer peer knows."""
+    return DTYPE_NAMES.get(number, f"dtype {number}")
 
 
 def _write_scalar(value: Any, target: values_pb2.Value, where: str) -> bool:

@@ -150,7 +150,9 @@ def test_deep_nesting_is_refused():
         ({"dtype": 12, "shape": [-1]}, "negative dimension"),
         ({"dtype": 99, "shape": [1]}, "unknown dtype"),
         ({"dtype": 12, "shape": [1] * 9}, "at most 8, got 9"),
-        ({"dtype": 12, "shape": [2**62, 2**62]}, "not all there"),
+        ({"dtype": 12, "shape": [2**30, 2**30]}, "not all there"),
+        ({"dtype": 12, "shape": [2**62, 2**62]}, "the dimensions are too large"),
+        ({"dtype": 12, "shape": [0, 2**61]}, "the dimensions are too large"),
     ],
 )
 def test_a_hostile_tensor_is_refused(fields, says):
