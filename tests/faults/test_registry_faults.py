@@ -192,7 +192,7 @@ def test_what_was_acknowledged_is_readable_whichever_write_failed(
     seed = seeded(tmp_path / "seed", 2)
     num_injected = 0
     outcomes: collections.Counter[str] = collections.Counter()
-    for number in range(1, 100, 1 if accept.strict else 3):
+    for number in range(1, 100, 1 if accept.strict else 7):
         folder = shutil.copytree(seed, tmp_path / f"state-{number}")
         said, count = injected(folder, call, error, f"{number}{more}")
         words = [line.split() for line in said]

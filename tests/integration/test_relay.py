@@ -75,6 +75,7 @@ def test_lost_executor_costs_its_frame_and_the_stream_goes_on(relayed):
     assert model(2) == 2
 
 
+@pytest.mark.long  # streams over the relay outlive their worker in faults/test_streams.py
 def test_lost_worker_is_a_typed_error_at_once_and_another_takes_over(tmp_path):
     server = start_server(tmp_path, "--models", str(FAKE_MODELS), "--idle-shutdown-s", "0")
     try:

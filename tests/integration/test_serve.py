@@ -55,14 +55,6 @@ def hardy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that no test harms."""
-    server = start_server(tmp_path_factory.mktemp("serve"))
-    yield server
-    server.stop()
-
-
 def process(server: Server, part: str) -> psutil.Process:
     """Return the process of the server whose command line contains `part`."""
     found = [each for each in server.processes() if part in " ".join(each.cmdline())]
@@ -90,7 +82,7 @@ def answers(address: str) -> bool:
 
 
 @pytest.mark.accept("A1")
-def test_server_starts_quickly_and_says_where_it_is(tmp_path, accept):
+def test_server_starts_quickly_says_where_it_is_and_leaves_nothing(tmp_path, accept):
     start = time.monotonic()
     server = start_server(tmp_path)
     try:
@@ -104,12 +96,23 @@ def test_server_starts_quickly_and_says_where_it_is(tmp_path, accept):
         assert not [log for log in logs if server.token in log.read_text()]
     finally:
         server.stop()
+    assert server.process.returncode == 0
+    assert {path.name for path in server.state_dir.iterdir()} <= {
+        "logs",
+        "blobs",
+        "environments",
+        "folders",
+        "homes",
+        "registry.db",
+        "serve.lock",
+        "start.lock",
+    }
 
 
 @pytest.mark.long
-def test_idle_server_needs_little(shared_server, accept):
+def test_idle_server_needs_little(own_server, accept):
     time.sleep(3)  # what the start left to do
-    processes = shared_server.processes()
+    processes = own_server.processes()
     before = {each: sum(each.cpu_times()[:2]) for each in processes}
     time.sleep(5)
     used_s = sum(sum(each.cpu_times()[:2]) - before[each] for each in processes)
@@ -118,15 +121,13 @@ def test_idle_server_needs_little(shared_server, accept):
     accept.figure(pss_bytes / 1e6, IDLE_BYTES / 1e6, "MB")
 
 
-def test_second_server_of_a_state_folder_is_refused(shared_server):
-    done = serve("--state-dir", str(shared_server.state_dir), "--port", "0")
+def test_second_server_of_a_state_folder_is_refused(server):
+    done = serve("--state-dir", str(server.state_dir), "--port", "0")
     assert done.returncode == 1
-    assert (
-        f"already runs at {shared_server.address} (pid {shared_server.process.pid})" in done.stderr
-    )
+    assert f"already runs at {server.address} (pid {server.process.pid})" in done.stderr
     assert "nos stop" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert read_backend(shared_server.state_dir) is not None
+    assert read_backend(server.state_dir) is not None
 
 
 def test_port_in_use_is_one_sentence_before_anything_starts(tmp_path):
@@ -164,24 +165,9 @@ def test_bad_input_is_one_sentence(tmp_path, flags, variables, sentence, code):
     ]
 
 
-def test_misspelt_variable_is_reported(shared_server):
-    done = serve("--state-dir", str(shared_server.state_dir), NOS_PROT="1", NOS_PORT="0")
+def test_misspelt_variable_is_reported(server):
+    done = serve("--state-dir", str(server.state_dir), NOS_PROT="1", NOS_PORT="0")
     assert "unknown variable NOS_PROT is ignored. Did you mean NOS_PORT?" in done.stderr
-
-
-def test_sigterm_leaves_nothing(own_server):
-    own_server.stop()
-    assert own_server.process.returncode == 0
-    assert {path.name for path in own_server.state_dir.iterdir()} <= {
-        "logs",
-        "blobs",
-        "environments",
-        "folders",
-        "homes",
-        "registry.db",
-        "serve.lock",
-        "start.lock",
-    }
 
 
 def test_second_signal_ends_at_once(own_server):
@@ -198,7 +184,9 @@ def test_second_signal_ends_at_once(own_server):
 
 
 @pytest.mark.accept("A6")
-def test_killed_supervisor_takes_everything_with_it(own_server, accept):
+def test_killed_supervisor_takes_everything_with_it_and_is_started_again(
+    own_server, tmp_path, accept
+):
     processes = own_server.processes()
     assert len(processes) >= 5
     os.kill(own_server.process.pid, signal.SIGKILL)
@@ -207,14 +195,6 @@ def test_killed_supervisor_takes_everything_with_it(own_server, accept):
     wait_for(lambda: gone(processes), "all its processes end")
     accept.figure(time.monotonic() - start, 5.0, "s")
     assert read_backend(own_server.state_dir) is None
-
-
-def test_server_starts_again_where_one_was_killed(tmp_path):
-    killed = start_server(tmp_path)
-    processes = killed.processes()
-    killed.process.kill()
-    killed.process.wait()
-    wait_for(lambda: gone(processes), "all its processes end")
     start_server(tmp_path).stop()
 
 
@@ -252,13 +232,14 @@ def test_detached_server_says_the_same_and_stops_on_request(tmp_path):
     assert stop_backend(state_dir) is None
 
 
-def test_detached_server_that_cannot_start_says_why(shared_server):
-    flags = ["--detach", "--json", "--port", "0", "--state-dir", str(shared_server.state_dir)]
+def test_detached_server_that_cannot_start_says_why(server):
+    flags = ["--detach", "--json", "--port", "0", "--state-dir", str(server.state_dir)]
     done = serve(*flags)
     assert done.returncode == 1
     assert "already runs" in json.loads(done.stdout)["error"]["message"]
 
 
+@pytest.mark.long  # `nos.start()` does the same in test_start.py
 def test_server_ends_with_its_owner(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     server = start_server(tmp_path, "--owner-pid", str(owner.pid))
