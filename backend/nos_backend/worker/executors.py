@@ -241,6 +241,7 @@ class Executor(asyncio.Protocol):
             _size(done["size_bytes"]),
             _size(done["skeleton_bytes"]),
             str(done["reason"]),
+            str(done["made_first"]),
             tuple(str(name) for name in loose),
             float(done["took_s"]),
         )
@@ -252,7 +253,6 @@ class Executor(asyncio.Protocol):
 
         Args:
             definition: Of the model.
-            str(done["made_first"]),
             call: Which call.
             data: What its nodes' offsets count into.
             timeout_s: How long it may take.
