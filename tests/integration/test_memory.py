@@ -271,8 +271,14 @@ def test_a_model_larger_than_the_device_is_refused_with_both_figures() -> None:
 
 def test_a_model_larger_than_host_memory_is_refused() -> None:
     with running_plane({"a": model("a", 2)}, memory=options(host_bytes=8 * MB)) as plane:
-        with pytest.raises(OutOfDeviceMemoryError, match="does not fit into host memory"):
+        with pytest.raises(OutOfDeviceMemoryError, match="does not fit into host memory") as caught:
             plane.load(model("huge", 16))
+        assert f"at most {8 * MB} bytes" in str(caught.value)
+        assert str(16 * MB)[:4] in str(caught.value)
+        with pytest.raises(OutOfDeviceMemoryError, match="host memory is full") as caught:
+            plane.load(model("large", 7))
+        assert f"at most {8 * MB} bytes" in str(caught.value)
+        assert "Unload a@v1" in str(caught.value)
         assert call(plane, "a").shape == (1, 64)
 
 

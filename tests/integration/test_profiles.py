@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from nos.errors import OutOfDeviceMemoryError
 from nos.wire.v1 import models_pb2
 from nos_backend.worker.memory import MemoryOptions
 from nos_backend.worker.profiles import ProfileOptions
@@ -70,6 +74,14 @@ class Deadly(Net):
         if len(x) > 4:
             os._exit(3)
         return super().forward(x)
+
+@nos.model(name="changing")
+class Changing:
+    """Takes as long as a file says: of each batch, and of each row."""
+    def __call__(self, x: Rows) -> Rows:
+        of_batch_s, of_row_s = map(float, open("MARKER").read().split())
+        time.sleep(of_batch_s + of_row_s * len(x))
+        return x
 
 @nos.model(name="wide")
 class Wide(nn.Module):
@@ -206,6 +218,64 @@ def test_sizes_without_room_are_predicted_and_not_run() -> None:
         assert "failed with 32 rows" in plane.model("wide@v1")["note"]
 
 
+@pytest.mark.long
+def test_the_budget_counts_what_is_predicted_before_the_model_is_on_the_device() -> None:
+    definition = models()["wide"]
+    weight_bytes, row_bytes = (256 * 16384 + 16384) * 4, 16384 * 4
+    memory = MemoryOptions(capacity_bytes=weight_bytes + (3 << 19))
+    with running_plane({}, profiles=OPTIONS, memory=memory, max_concurrent_batches=1) as plane:
+        plane.load(replace(models()["sleepy"], owner="bob"))
+        stream = plane.stream("sleepy@v1")
+        stream.hello()
+        stream.send(30.0, method="nap")
+        plane.load(definition)
+        assert state(plane, "wide@v1") == "pending", "nothing was measured"
+        most_rows = (3 << 19) // (row_bytes + 512)
+        used_bytes = plane.status()["used_bytes"] - weight_bytes
+        assert used_bytes == pytest.approx(most_rows * row_bytes, rel=0.1)
+        os.kill(plane.executor_pids()["bob"], signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_a_model_that_can_never_run_is_refused_before_it_is_on_the_device() -> None:
+    definition = models()["wide"]
+    weight_bytes = (256 * 16384 + 16384) * 4
+    memory = MemoryOptions(capacity_bytes=weight_bytes + (1 << 14))
+    with (
+        running_plane({}, profiles=OPTIONS, memory=memory) as plane,
+        pytest.raises(OutOfDeviceMemoryError, match=f"at most {weight_bytes + (1 << 14)}"),
+    ):
+        plane.load(definition)
+
+
+@pytest.mark.long
+def test_a_model_whose_batches_take_longer_than_its_profile_says_is_measured_again(
+    tmp_path: Path,
+) -> None:
+    marker = tmp_path / "marker"
+    marker.write_text("0 0.0005")
+    (definition,) = (
+        it
+        for it in definitions(SOURCE.replace("MARKER", str(marker)), "changing.py")
+        if it.name == "changing"
+    )
+    options = replace(OPTIONS, again_s=0.1)
+    given = {"profiles": options, "max_concurrent_batches": 2}
+    with running_plane({"changing": definition}, **given) as plane:
+        before = profile(plane, "changing@v1")
+        marker.write_text("0.01 0")
+        x = np.ones((1, 256), np.float32)
+        num_calls = 0
+        while profile(plane, "changing@v1").time_s == before.time_s:
+            assert num_calls < 2000, "it is not measured again"
+            plane.run("changing@v1", "", x)
+            num_calls += 1
+        assert num_calls >= 100
+        (method,) = profile(plane, "changing@v1").methods
+        assert method.points[0].took_s >= 0.01
+        assert method.chosen_rows > before.methods[0].chosen_rows
+
+
 def test_a_profile_that_is_known_is_not_made_again(plane: Plane) -> None:
     known = loaded(plane, "net")
     definition = replace(models()["net"], name="net", profiles=[known.SerializeToString()])
@@ -220,6 +290,16 @@ def test_a_profile_that_is_known_is_not_made_again(plane: Plane) -> None:
     plane.load(replace(definition, profiles=[known.SerializeToString(), b"\xff"]))
     assert state(plane, "net@v1") != "ready"
     assert profile(plane, "net@v1").versions["torch"] != "0.0"
+
+
+def test_a_call_has_all_its_rows_although_the_best_batch_has_fewer(plane: Plane) -> None:
+    known = loaded(plane, "net")
+    known.methods[0].chosen_rows = 1
+    plane.unload("net@v1")
+    plane.load(replace(models()["net"], profiles=[known.SerializeToString()]))
+    assert plane.run("net@v1", "", np.ones((8, 256), np.float32)).shape == (8, 10)
+    assert plane.model("net@v1")["statistics"]["batches"] == {1: 1}
+    plane.unload("net@v1")
 
 
 @pytest.mark.accept("C5")

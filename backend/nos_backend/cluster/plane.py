@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
 from distributed.diagnostics.plugin import SchedulerPlugin
+from google.protobuf.message import DecodeError
 from nos.errors import Reason
 from nos.wire.v1 import errors_pb2, models_pb2
 
@@ -461,6 +462,7 @@ class ServePlane(SchedulerPlugin):
         return key, Needs(
             device=spec.device or str(definition.get("device") or "auto"),
             weight_bytes=spec.weight_bytes,
+            profiled_bytes=max(map(_profiled_bytes, definition.get("profiles") or ()), default=0),
             memory_bytes=spec.memory_bytes,
             has_packages=bool(spec.environment),
             is_packed=spec.placement == "pack",
@@ -641,3 +643,12 @@ def _error(
         got=got,
         hint=hint,
     ).SerializeToString()
+
+
+def _profiled_bytes(raw: bytes) -> int:
+    """Return what a profile says that a model took; 0 for one that is damaged."""
+    try:
+        profile = models_pb2.Profile.FromString(raw)
+    except DecodeError:
+        return 0
+    return profile.weight_bytes + profile.activation_bytes

@@ -277,11 +277,11 @@ class _Loop:
         if call.form.get("each"):
             bounds = [method.bind(arguments, inputs) for arguments in call.form["args"]]
             values = [self._run(method.target, it, clock, model.device) for it in bounds]
-            return {"op": "result", "id": call_id, **self._place(Outputs(values), call_id)}
+            return {"op": "result", "id": call_id, **self._place(values, call_id)}
         bound = method.bind(call.form["args"], inputs)
         value = self._run(method.target, bound, clock, model.device)
         if not isinstance(value, Iterator):
-            return {"op": "result", "id": call_id, **self._place(Outputs(value), call_id)}
+            return {"op": "result", "id": call_id, **self._place(value, call_id)}
         del bound
         try:
             while True:
@@ -290,7 +290,7 @@ class _Loop:
                         item = next(value)
                     except StopIteration:
                         return {"op": "end", "id": call_id}
-                placed = self._place(Outputs(item), call_id)
+                placed = self._place(item, call_id)
                 self._num_items_out += 1
                 self._send({"op": "item", "id": call_id, "compute_s": clock.lap_s, **placed})
                 self._pause(call_id)
@@ -313,8 +313,9 @@ class _Loop:
         with clock.running(device):
             return target(*bound.args, **bound.kwargs)
 
-    def _place(self, outputs: Outputs, call_id: int) -> Message:
+    def _place(self, value: Any, call_id: int) -> Message:
         """Copy a result to the output arena; waits for room."""
+        outputs = Outputs(value, self._output.size_bytes)
         if not outputs.size:
             return {"node": outputs.node, "block": None}
         if outputs.size > self._output.size_bytes:

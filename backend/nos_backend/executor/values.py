@@ -192,13 +192,18 @@ def _name(node: Node) -> str:
 class Outputs:
     """A result in the making: its node, and the bytes that go into its block."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, max_bytes: int = sys.maxsize) -> None:
         """Take `value` apart; nothing is copied yet, but what is on a device or strided.
+
+        Args:
+            value: The result.
+            max_bytes: Of its arrays.
 
         Raises:
             NoWireFormError: If something in it cannot be sent.
-            RefusedError: LIMIT_EXCEEDED if there is too much in it outside arrays.
+            RefusedError: LIMIT_EXCEEDED if there is too much in it, in arrays or outside of them.
         """
+        self._max_bytes = max_bytes
         #: Where each piece goes in the block.
         self._pieces: list[tuple[int, Array]] = []
         self.size = 0
@@ -269,6 +274,7 @@ class Outputs:
                 f"returned a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which has"
                 " no wire form: return a dense tensor of a plain dtype"
             )
+        self._check_room(tensor.numel() * tensor.element_size())
         dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         raw = dense.view(_RAW_BFLOAT16) if name == "bfloat16" else dense
         return self._add_array(raw.numpy(), name)
@@ -289,9 +295,20 @@ class Outputs:
     def _add_array(self, array: Array, name: str) -> Node:
         if array.ndim > MAX_RANK:
             raise NoWireFormError(f"returned {array.ndim} dimensions: at most {MAX_RANK} travel")
+        self._check_room(array.size * array.itemsize)
         shape = list(array.shape)
         flat = np.ascontiguousarray(array).reshape(-1)
         return {"t": [name, shape, self._add(flat.view(np.uint8))]}
+
+    def _check_room(self, size: int) -> None:
+        """See that an array fits before it is copied: a repeated number takes no memory until then."""
+        if self.size + size > self._max_bytes:
+            raise RefusedError(
+                "LIMIT_EXCEEDED",
+                "the result is too large",
+                expected=f"at most {self._max_bytes} bytes",
+                got=str(self.size + size),
+            )
 
     def _add(self, raw: Array) -> int:
         offset = -(-self.size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

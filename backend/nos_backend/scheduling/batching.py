@@ -111,6 +111,11 @@ class BatchTime:
         """Whether predictions come true, so that a request may be turned away because of one."""
         return self.num_samples >= _FEW_SAMPLES and self._miss < _KNOWN
 
+    def recent(self) -> tuple[float, float]:
+        """Return the mean rows of the last batches, about a hundred, and the mean seconds that they took."""
+        n, rows, _, took_s, _ = self._sums
+        return (rows / n, took_s / n) if n else (0.0, 0.0)
+
     def predict_s(self, rows: int) -> float:
         """Return how long a batch of so many rows takes; 0 if nothing is known."""
         return self.t0_s + self.row_s * rows

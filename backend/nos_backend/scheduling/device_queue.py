@@ -54,7 +54,13 @@ from nos_backend.scheduling.admission import (
     queued_s,
     work_s,
 )
-from nos_backend.scheduling.batching import BatchLimits, form, gather_window_s, is_doomed
+from nos_backend.scheduling.batching import (
+    MAX_BATCH_ROWS,
+    BatchLimits,
+    form,
+    gather_window_s,
+    is_doomed,
+)
 from nos_backend.scheduling.caps import after_run, lowered
 from nos_backend.scheduling.lanes import Lane, Lanes, Model
 from nos_backend.scheduling.suspects import Incident, Suspects
@@ -191,6 +197,11 @@ class DeviceQueue:
         found = self._executors.get(executor)
         return found.running.batch.model if found and found.running else None
 
+    def recent(self, model: str) -> tuple[int, float, float]:
+        """Return how many batches of a model ran, and the mean rows and seconds of the last of them."""
+        found = self._models.get(model)
+        return (found.time.num_samples, *found.time.recent()) if found else (0, 0.0, 0.0)
+
     def next_wake_s(self) -> float | None:
         """When `tick` is due at the latest; None if nothing is timed."""
         while self._deadlines and not self.is_live(self._deadlines[0][1]):
@@ -221,6 +232,7 @@ class DeviceQueue:
         if found is None:
             found = self._models[model] = Model(model, executor, call_timeout_s)
             found.keep_to(limits or found.advised, cap)
+            found.declared_rows = found.advised.max_rows
         found.executor, found.call_timeout_s = executor, call_timeout_s
         found.is_ready = True
         self._executors.setdefault(executor, _Executor())
@@ -323,10 +335,10 @@ class DeviceQueue:
         self._busy[executor].live.discard(request_id)
         return [End(request_id, None)]
 
-    def max_rows(self, model: str) -> int:
-        """Return how many rows a batch of a model may have; 1 if it is not open."""
+    def whole_rows(self, model: str, *, is_bulk: bool) -> int:
+        """Return how many rows one request of a model may run with; 1 if it is not open."""
         found = self._models.get(model)
-        return found.limits.max_rows if found else 1
+        return self._in_quantum(found, found.whole_rows, is_bulk=is_bulk) if found else 1
 
     def failed_together(
         self, model: str, rows: int, *, now_s: float, is_final: bool = False
@@ -350,11 +362,25 @@ class DeviceQueue:
         model.keep_to(model.advised, cap)
         return [Capped(model.name, cap)]
 
-    def advise(self, model: str, max_rows: int, times: Iterable[tuple[int, float]]) -> None:
-        """Take what a profile says of a model that is open: its best batch (0: none), seconds by rows."""
+    def advise(
+        self,
+        model: str,
+        max_rows: int,
+        times: Iterable[tuple[int, float]],
+        memory_rows: int = MAX_BATCH_ROWS,
+    ) -> None:
+        """Take what a profile says of a model that is open.
+
+        Args:
+            model: Which.
+            max_rows: Its best batch; 0: none.
+            times: Seconds by rows.
+            memory_rows: Of a request that the device has memory for.
+        """
         found = self._models.get(model)
         if found is None:
             return
+        found.memory_rows = memory_rows
         if max_rows:
             found.keep_to(replace(found.advised, max_rows=max_rows), found.cap)
         for rows, took_s in times:
@@ -683,14 +709,20 @@ class DeviceQueue:
         return Start(batch)
 
     def _limits(self, model: Model, *, is_bulk: bool) -> BatchLimits:
-        """Return the limits of a model's next batch: bulk or while others have work, within the quantum."""
-        limits, time = model.limits, model.time
-        if not time.row_s or time.predict_s(limits.max_rows) <= self.quantum_s:
-            return limits
+        """Return the limits of a model's next batch."""
+        rows = self._in_quantum(model, model.limits.max_rows, is_bulk=is_bulk)
+        return (
+            replace(model.limits, max_rows=rows) if rows < model.limits.max_rows else model.limits
+        )
+
+    def _in_quantum(self, model: Model, rows: int, *, is_bulk: bool) -> int:
+        """Return as many of `rows` as take no longer than the quantum: of bulk, or while others have work."""
+        time = model.time
+        if not time.row_s or time.predict_s(rows) <= self.quantum_s:
+            return rows
         if not is_bulk and all(lane.model == model.name for lane in self._lanes.active()):
-            return limits
-        rows = int((self.quantum_s - time.t0_s) / time.row_s)
-        return replace(limits, max_rows=max(1, min(rows, limits.max_rows)))
+            return rows
+        return max(1, min(int((self.quantum_s - time.t0_s) / time.row_s), rows))
 
     def _time_out(self, running: _Running) -> list[Action]:
         batch = running.batch

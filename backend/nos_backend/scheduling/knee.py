@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 GOOD_SHARE: Final = 0.9
 #: A point within this share of the line through the first and the last is on the line.
 _LINEAR_TOLERANCE: Final = 0.02
+#: Batches that take so many times as long, or so much less, are not those that were measured.
+_OFF: Final = 2.0
+_AROUND_S: Final = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,11 @@ class ActivationFit:
         line = round(self.base_bytes + self.item_bytes * batch_size)
         return max([line, *(peak for size, peak in self.points if size <= batch_size)])
 
+    def rows_within(self, num_bytes: int, most: int) -> int:
+        """Return the largest batch of at most `most` that needs no more than so many bytes; at least 1."""
+        fitting = (rows for rows in range(most, 1, -1) if self.at(rows) <= num_bytes)
+        return next(fitting, 1)
+
 
 def fit_activations(points: Sequence[tuple[int, int]]) -> ActivationFit:
     """Fit a line through the first and the last of (batch size, peak bytes) and see who lies on it.
@@ -109,3 +117,11 @@ def fit_activations(points: Sequence[tuple[int, int]]) -> ActivationFit:
         slope = max(slope, *(peak / size for size, peak in ordered))
         base = 0.0
     return ActivationFit(base, slope, ordered, is_linear)
+
+
+def is_off(expected_s: float, took_s: float) -> bool:
+    """Whether what batches take is so far from what a profile says that it is worth another one.
+
+    What lies around a batch, under a millisecond, is not in a profile.
+    """
+    return not expected_s / _OFF <= took_s <= _OFF * expected_s + _AROUND_S

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from nos_backend.scheduling.batching import BatchLimits, BatchTime, Gatherer
+from nos_backend.scheduling.batching import MAX_BATCH_ROWS, BatchLimits, BatchTime, Gatherer
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -41,6 +41,9 @@ class Model:
     gathering_s: float | None = None
     #: What batches keep to, by `advised` and `cap`.
     limits: BatchLimits = field(init=False)
+    #: Rows of a request that runs as a whole at most, by its author's limit and the device's memory.
+    declared_rows: int = MAX_BATCH_ROWS
+    memory_rows: int = MAX_BATCH_ROWS
 
     def __post_init__(self) -> None:
         self.keep_to(self.advised, self.cap)
@@ -50,6 +53,12 @@ class Model:
         self.advised, self.cap = advised, cap
         rows = min(advised.max_rows, cap.rows) if cap else advised.max_rows
         self.limits = replace(advised, max_rows=rows)
+
+    @property
+    def whole_rows(self) -> int:
+        """Rows of a request that runs as a whole at most; a batch of several has no more than `limits`."""
+        rows = min(self.declared_rows, self.memory_rows)
+        return max(self.limits.max_rows, min(rows, self.cap.rows) if self.cap else rows)
 
 
 @dataclass(slots=True, eq=False)

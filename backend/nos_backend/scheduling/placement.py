@@ -20,6 +20,8 @@ class Needs:
     """`auto`, `cpu` or `cuda`."""
     weight_bytes: int = 0
     """Bytes of its weights; 0 if unknown."""
+    profiled_bytes: int = 0
+    """What it took with its largest batch where it was measured; 0 if unknown. It can do with less."""
     memory_bytes: int = 0
     """The least that models may use on its device; 0 for any."""
     has_packages: bool = False
@@ -117,9 +119,8 @@ class Seats:
             if refusal is not None:
                 refusals.add(refusal)
                 continue
-            has_room = (
-                load.capacity_bytes == 0
-                or load.capacity_bytes - load.used_bytes >= needs.weight_bytes
+            has_room = load.capacity_bytes == 0 or load.capacity_bytes - load.used_bytes >= max(
+                needs.weight_bytes, needs.profiled_bytes
             )
             crowd = siblings[load.place] if load.place else 0
             rank = (

@@ -339,6 +339,13 @@ class Residency:
         """What the left side of the budget says now, headroom excluded."""
         return self._needed([model for model in self._models.values() if model.is_resident])
 
+    def used_bytes_beside(self, name: str) -> int:
+        """Return what `used_bytes` would be if a model had weights alone."""
+        resident = [model for model in self._models.values() if model.is_resident]
+        own = self._models.get(name)
+        others = [model for model in resident if model is not own]
+        return self._needed(resident) - self._peak(resident) + self._peak(others)
+
     @property
     def _has_blocked(self) -> bool:
         """Whether a model that found no room waits for another one to leave."""
@@ -534,5 +541,9 @@ class Residency:
         return (
             sum(contexts.values())
             + sum(model.footprint.weight_bytes for model in models)
-            + max((model.footprint.activation_bytes for model in models), default=0)
+            + Residency._peak(models)
         )
+
+    @staticmethod
+    def _peak(models: list[_Model]) -> int:
+        return max((model.footprint.activation_bytes for model in models), default=0)

@@ -8,7 +8,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nos.errors import ExecutorLostError, NosError, OutOfDeviceMemoryError
+from nos.errors import ExecutorLostError, InternalError, NosError, OutOfDeviceMemoryError
 
 from nos_backend.scheduling import device_queue
 from nos_backend.scheduling.batching import divided
@@ -139,7 +139,14 @@ class Dispatcher:
         return self._of(model).to_plain()
 
     def _of(self, model: str) -> ModelStatistics:
-        return self._statistics.setdefault(model, ModelStatistics())
+        found = self._statistics.get(model)
+        if found is None:
+            found = self._statistics[model] = ModelStatistics()
+        return found
+
+    def recent(self, model: str) -> tuple[int, float, float]:
+        """Return how many batches of a model ran, and the mean rows and seconds of the last of them."""
+        return self._queue.recent(model)
 
     def running_model(self, slot: str) -> str | None:
         """Which model a slot's executor runs at the moment."""
@@ -193,9 +200,11 @@ class Dispatcher:
         )
         self._apply(actions)
 
-    def advise(self, model: str, max_rows: int, times: list[tuple[int, float]]) -> None:
-        """Take what a profile says of an open model: its best batch (0: none), and seconds by rows."""
-        self._queue.advise(model, max_rows, times)
+    def advise(
+        self, model: str, max_rows: int, times: list[tuple[int, float]], memory_rows: int
+    ) -> None:
+        """Take what a profile says of an open model; see `DeviceQueue.advise`."""
+        self._queue.advise(model, max_rows, times, memory_rows)
 
     def recall(self, model: str, cap: Cap) -> None:
         """Take what batches of a model taught elsewhere or before; what they taught here counts more."""
@@ -270,7 +279,7 @@ class Dispatcher:
 
     def _divide(self, request: Request, plan: batches.Plan, part: batches.Part) -> bool:
         """Run a request that has more rows than a batch may have in pieces; return whether it has."""
-        most = self._queue.max_rows(request.model)
+        most = self._queue.whole_rows(request.model, is_bulk=request.is_bulk)
         is_whole = request.is_piece or (request.model, request.method) in self._undivided
         if part.num_rows <= most or is_whole:
             return False
@@ -379,10 +388,31 @@ class Dispatcher:
         self._on_capped(model, cap)
 
     def _start(self, batch: Batch) -> None:
+        self._memory.started(batch.model)
+        try:
+            self._hand_over(batch)
+        except Exception:  # whatever it is, the device is not to stay granted to it
+            _logger.exception("a batch of %s was not started by a defect", batch.model)
+            self._give_up(batch)
+
+    def _give_up(self, batch: Batch) -> None:
+        """End a batch of which no call reached its executor."""
+        run = self._runs.get(batch.executor)
+        if run is not None and run.batch is batch:
+            for block in run.blocks:
+                if block is not None:
+                    block.release()
+            run.open.clear()
+            run.blocks.clear()
+        for item in batch.requests:
+            if item.id not in self._replies and item.id in self._requests:
+                self._settle(self._requests[item.id], failure(_defect(batch.model)))
+        self._finish(batch)
+
+    def _hand_over(self, batch: Batch) -> None:
         run = Run(batch, self._executors[batch.executor], [], self._loop.time(), [])
         self._runs[batch.executor] = run
         now_s = self._loop.time()
-        self._memory.started(batch.model)
         for request in [self._requests[item.id] for item in batch.requests]:
             request.granted_s = now_s
             if request.trace:
@@ -540,6 +570,18 @@ class Dispatcher:
                 self._call_one(run, request, block)
 
     def _call_one(self, run: Run, request: Request, block: Block | None) -> None:
+        try:
+            self._send_one(run, request, block)
+        except Exception:  # others of its batch may have been sent
+            _logger.exception("a call of %s was not sent by a defect", request.model)
+            if block is not None:
+                block.release()
+            run.drop(request)
+            self._settle(request, failure(_defect(request.model)))
+            if not run.open:
+                self._finish(run.batch)
+
+    def _send_one(self, run: Run, request: Request, block: Block | None) -> None:
         plan = self._plans.get((request.model, request.method))
         arguments: list[list[Any]] = request.arguments
         data: Block | Blocks | None = block
@@ -662,3 +704,7 @@ class Dispatcher:
     def _resolve(future: asyncio.Future[None] | None) -> None:
         if future is not None and not future.done():
             future.set_result(None)
+
+
+def _defect(model: str) -> NosError:
+    return InternalError(f"a call of {model} could not be handed to its executor")

@@ -75,6 +75,8 @@ class Entry:
     is_bound: bool = False
     #: The most that one of its calls needs on the device beside its weights; 0 while nobody knows.
     activation_bytes: int = 0
+    #: Rows of a batch by what was predicted of it; 0 where nothing was.
+    predicted_rows: int = 0
     #: When it left the device last, on the loop's clock.
     left_s: float = 0.0
     #: One bind, eviction or move of its host copy at a time.

@@ -453,7 +453,7 @@ class Executor(asyncio.Protocol):
         recurs: bool = False,
         is_each: bool = False,
     ) -> None:
-        """Run a method behind the calls before it; never blocks and never raises.
+        """Run a method behind the calls before it; never blocks.
 
         Args:
             call_id: Names it for `cancel`; of no other call of this executor, past or present, unless that
@@ -465,6 +465,9 @@ class Executor(asyncio.Protocol):
             sink: Gets any number of items and then exactly one last reply, never before this returns.
             recurs: Whether `arguments` is the very list of other calls of the method; never changed then.
             is_each: Whether `arguments` are those of several calls, of whose results the result is a list.
+
+        Raises:
+            TypeError: If the arguments are no nodes; then nothing was sent, and the block is the caller's.
         """
         if self._lost is not None:
             if block is not None:
@@ -496,7 +499,12 @@ class Executor(asyncio.Protocol):
                     self._forms.clear()
                     self._send({"op": "forget"})
                 message["form"] = self._forms.add(key, method, arguments)
-        self._send(message)
+        try:
+            self._send(message)
+        except BaseException:
+            del self._calls[call_id]
+            self._forms.clear()
+            raise
 
     @contextlib.contextmanager
     def corked(self) -> Iterator[None]:
@@ -679,11 +687,13 @@ class Executor(asyncio.Protocol):
             return
         if self._freed:
             message["free"] = self._freed
-            self._freed, self._freed_bytes = [], 0
         if self._released:
             message["released"] = self._released
-            self._released = []
         self._write(encode(message))
+        if self._freed:
+            self._freed, self._freed_bytes = [], 0
+        if self._released:
+            self._released = []
 
     def _loss(self) -> ExecutorLostError:
         return ExecutorLostError(f"executor {self.name} ended", got=self._lost or "")

@@ -34,7 +34,7 @@ from nos_backend.worker.limits import WorkLimits
 from nos_backend.worker.loader import Loader
 from nos_backend.worker.memory import DeviceMemory, MemoryOptions, Transition
 from nos_backend.worker.model_logs import ModelLogs
-from nos_backend.worker.profiles import Profiles, advice
+from nos_backend.worker.profiles import Profiles, advice, rows_within
 from nos_backend.worker.slots import Slots
 from nos_backend.worker.surroundings import Probes, Surroundings
 from nos_backend.worker.timeline import Sample, Timeline
@@ -165,7 +165,7 @@ class ModelManager:
             is_quiet=lambda: (
                 not self._dispatcher.num_queued and self._dispatcher.num_running < max_batches
             ),
-            room_bytes=lambda: usable_bytes - self._memory.used_bytes,
+            room_bytes=lambda key: usable_bytes - self._memory.used_bytes_beside(key),
             on_profile=self._on_profile,
             on_cap=self._dispatcher.recall,
             on_measured=lambda key: self._on_event("profiled", key, ""),
@@ -189,6 +189,7 @@ class ModelManager:
         """Prepare the fork server in the background."""
         self._launcher.prepare()
         self._spawn(self._surroundings.watch(), "watch the surroundings")
+        self._spawn(self._profiles.watch(self._dispatcher.recent), "watch the profiles")
 
     def spec(self, key: str) -> models_pb2.ModelSpec:
         """Return the interface of a model that is here or on its way.
@@ -387,8 +388,12 @@ class ModelManager:
             async with entry.lock:
                 await self._construct(entry)
             self._profiles.recall(entry)
+            await self._predict(entry)
             self._keep(entry)
             await self._memory.bring(key)
+            if entry.predicted_rows:
+                rows = entry.predicted_rows
+                self._dispatcher.advise(key, rows, [], memory_rows=rows)
         except NosError as error:
             if entry.error is None:
                 self._fail(entry, error)
@@ -410,7 +415,22 @@ class ModelManager:
             entry.activation_bytes = profile.activation_bytes
             if self._memory.is_known(key):
                 self._keep(entry)
-        self._dispatcher.advise(key, *advice(profile))
+        rows, times = advice(profile)
+        self._dispatcher.advise(key, rows, times, rows_within(profile, self._room_beside(entry)))
+
+    def _room_beside(self, entry: Entry) -> int:
+        """Return what the device has beside a model's weights when nothing else is on it."""
+        context_bytes = 0 if entry.slot.device == "cpu" else self._options.context_bytes
+        taken_bytes = entry.weight_bytes + context_bytes + self._options.headroom_bytes
+        return self._surroundings.capacity_bytes - taken_bytes
+
+    async def _predict(self, entry: Entry) -> None:
+        """See what a model needs beside its weights, where nobody measured it and room is short."""
+        entry.predicted_rows, room_bytes = 0, self._room_beside(entry)
+        left_bytes = room_bytes - self._memory.used_bytes
+        if not entry.activation_bytes and 2 * left_bytes < self._surroundings.capacity_bytes:
+            found = await self._profiles.predict(entry, room_bytes)
+            entry.predicted_rows, entry.activation_bytes = found
 
     def _on_capped(self, key: str, cap: Cap | None) -> None:
         entry = self._entries.get(key)

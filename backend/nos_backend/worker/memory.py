@@ -175,6 +175,10 @@ class DeviceMemory:
         """What the models on the device need together."""
         return self._residency.used_bytes
 
+    def used_bytes_beside(self, key: str) -> int:
+        """Return what the models on the device need together, the activations of one left out."""
+        return self._residency.used_bytes_beside(key)
+
     def set_capacity(self, capacity_bytes: int) -> None:
         """The device has more or less room for models than was thought."""
         self._handle(CapacityChanged(capacity_bytes))

@@ -16,6 +16,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,16 +26,16 @@ from nos.wire.v1 import models_pb2
 
 from nos_backend.definition import LOAD_TIMEOUT_S
 from nos_backend.scheduling import knee
-from nos_backend.scheduling.batching import MAX_BATCH_BYTES, MAX_BATCH_ROWS
+from nos_backend.scheduling.batching import MAX_BATCH_ROWS
 from nos_backend.scheduling.caps import Cap
 from nos_backend.worker import samples
+from nos_backend.worker.sweeps import Sweep, ask, ladder_of, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from nos_backend.worker.dispatch import Request
     from nos_backend.worker.entries import Entry
-    from nos_backend.worker.executors import Executor
     from nos_backend.worker.launcher import Launcher
     from nos_backend.worker.samples import Sample
 
@@ -42,12 +43,6 @@ _logger = logging.getLogger(__name__)
 
 ENGINE: Final = "eager"
 
-#: One size, or a prediction, which imports much of torch first.
-_PASS_S: Final = 60.0
-#: Passes of one size are repeated for so long.
-_SIZE_S: Final = 0.06
-#: What measuring one size costs, in passes of twice the rows of the size before.
-_COST: Final = 3.0
 #: A first call comes right behind its load: it is let pass.
 _SETTLE_S: Final = 0.25
 _POLL_S: Final = 0.02
@@ -55,8 +50,12 @@ _POLL_S: Final = 0.02
 _PATIENCE_S: Final = 60.0
 #: What a process takes on a device that is not the CPU before it has a model.
 _CONTEXT_BYTES: Final = 1 << 30
+_MAX_AGAIN_S: Final = 86_400.0
+#: How often it is asked whether models are still what their profiles say.
+_LOOK_S: Final = 1.0
+#: Batches since a model was measured that say whether it is still the same.
+_NEW_BATCHES: Final = 100
 _DIGEST_CHARACTERS: Final = 12
-_NONSENSE: Final = "an executor told nonsense about a model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +66,9 @@ class ProfileOptions:
     """What the device is, for people; figures of another one are not used."""
     budget_s: float = 2.0
     """How long measuring one model may keep a core or the device busy."""
+    again_s: float = 60.0
+    """How long after a profile the next one is made at the earliest, where batches do not take what it
+    says, or do not fit; each time twice as long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +84,11 @@ class _Record:
     #: Why there is none; empty where nothing went wrong.
     note: str = ""
     task: asyncio.Task[None] | None = None
+    #: When it may be measured again, on the loop's clock, and how long after that the next time.
+    again_at_s: float = 0.0
+    again_s: float = 0.0
+    #: How many of its batches had run when it was measured last.
+    num_seen: int = 0
 
 
 class Profiles:
@@ -94,7 +101,7 @@ class Profiles:
             product's figures.
         num_threads: Of one operation in an executor.
         is_quiet: Whether a batch more would keep nobody waiting.
-        room_bytes: What the device's budget has left.
+        room_bytes: What the device's budget has left for the activations of a model.
         on_profile: Called with a model and its profile, new or known from before.
         on_cap: Called with the key of a model and what its batches taught before.
         on_measured: Called with the key of a model whose profile is new, or says something new.
@@ -108,7 +115,7 @@ class Profiles:
         options: ProfileOptions | None,
         num_threads: int,
         is_quiet: Callable[[], bool],
-        room_bytes: Callable[[], int],
+        room_bytes: Callable[[str], int],
         on_profile: Callable[[Entry, models_pb2.Profile], None],
         on_cap: Callable[[str, Cap], None],
         on_measured: Callable[[str], None],
@@ -154,6 +161,8 @@ class Profiles:
             profile.cap.CopyFrom(self._from_cap(cap))
         record.profile = profile
         self._on_measured(entry.key)
+        if self._options and cap is not None and cap.wait_s < math.inf and self._is_due(record):
+            self._measure(record, self._options, ())
 
     def begin(self, entry: Entry) -> None:
         """Profile a model that answers now, as soon as it can be; one that is known is left alone."""
@@ -168,6 +177,14 @@ class Profiles:
             record.note = "not profiled: it cannot be measured beside itself"
             return
         known = {method.method for method in record.profile.methods} if record.profile else set()
+        self._measure(record, self._options, known)
+
+    def _measure(self, record: _Record, options: ProfileOptions, known: Collection[str]) -> None:
+        """Profile the methods that are not known."""
+        entry = record.entry
+        record.samples.clear()
+        record.wanting.clear()
+        record.sampled.clear()
         for method in samples.methods_to_profile(entry.spec):
             if method.name in known:
                 continue
@@ -176,11 +193,52 @@ class Profiles:
                 record.wanting[method.name] = method
             else:
                 record.samples.append(sample)
+        record.again_s = min(2 * record.again_s or options.again_s, _MAX_AGAIN_S)
+        record.again_at_s = self._loop.time() + record.again_s
         if record.samples:
             record.sampled.set()
         if record.samples or record.wanting:
             name = f"profile {entry.key}"
-            record.task = asyncio.create_task(self._work(record, self._options), name=name)
+            record.task = asyncio.create_task(self._work(record, options), name=name)
+
+    async def watch(self, recent: Callable[[str], tuple[int, float, float]]) -> None:
+        """See again and again whether models are still what their profiles say; if not, measure them again.
+
+        Args:
+            recent: Says of a model how many batches ran, and the mean rows and seconds of the last of them.
+        """
+        while self._options is not None:
+            await asyncio.sleep(_LOOK_S)
+            for record in list(self._records.values()):
+                self._look(record, self._options, *recent(record.entry.key))
+
+    def _look(
+        self,
+        record: _Record,
+        options: ProfileOptions,
+        num_batches: int,
+        rows: float,
+        took_s: float,
+    ) -> None:
+        if not self._is_due(record) or num_batches < record.num_seen + _NEW_BATCHES:
+            return
+        if record.profile is None or len(record.entry.spec.methods) != 1:
+            return  # nobody knows whose batches those were
+        (method,) = record.profile.methods
+        expected_s = method.t0_s + method.row_s * rows
+        if expected_s and knee.is_off(expected_s, took_s):
+            _logger.info(
+                "%s is measured again: batches of %.1f rows take %.3g s, not %.3g s",
+                *(record.entry.key, rows, took_s, expected_s),
+            )
+            record.num_seen = num_batches
+            self._measure(record, options, ())
+
+    def _is_due(self, record: _Record) -> bool:
+        """Whether a model that was measured may be measured again."""
+        is_busy = record.task is not None and not record.task.done()
+        is_measured = record.profile is not None and bool(record.profile.methods)
+        return is_measured and not is_busy and self._loop.time() >= record.again_at_s
 
     def saw(self, request: Request) -> None:
         """A call is about to be queued: keep it if its signature says too little."""
@@ -287,7 +345,7 @@ class Profiles:
             raise InternalError("there was no quiet moment")
         on_cpu = entry.slot.device == "cpu"
         needed_bytes = 0 if on_cpu else copy.size_bytes + _CONTEXT_BYTES
-        if self._room_bytes() < needed_bytes:
+        if self._room_bytes(entry.key) < needed_bytes:
             raise OutOfDeviceMemoryError("the device has no room for a second copy")
         weights = (os.dup(copy.weights_fd), copy.size_bytes)
         skeleton = (os.dup(copy.skeleton_fd), copy.skeleton_bytes)
@@ -300,7 +358,8 @@ class Profiles:
                 entry.slot.requirements,
             )
             await executor.bind(entry.definition, weights, skeleton, LOAD_TIMEOUT_S)
-            sweep = _Sweep(executor, entry, self._quiet, self._room_bytes, budget_s)
+            room_bytes = partial(self._room_bytes, entry.key)
+            sweep = Sweep(executor, entry, self._quiet, room_bytes, budget_s)
             specs = {method.name: method for method in entry.spec.methods}
             found = [await sweep.run(sample, specs[sample.method]) for sample in taken]
             if sweep.error is not None and not any(method.points for method in found):
@@ -312,6 +371,42 @@ class Profiles:
             if executor is not None:
                 executor.kill("its profile is done")
                 await asyncio.shield(executor.closed)
+
+    async def predict(self, entry: Entry, room_bytes: int) -> tuple[int, int]:
+        """Say what a model needs beside its weights before they are on the device, on torch's meta device.
+
+        It is asked where it was constructed, and only of methods whose signature says all sizes.
+
+        Args:
+            entry: The model.
+            room_bytes: What the device has beside its weights.
+
+        Returns:
+            The rows that a batch may have for its activations to fit, and the bytes of those; 0 and 0 where
+            nothing is known.
+        """
+        rows, need_bytes = 0, 0
+        if self._options is None or entry.scratch is None or not entry.is_movable:
+            return rows, need_bytes
+        for method in samples.methods_to_profile(entry.spec):
+            sample = samples.from_signature(method)
+            if sample is None:
+                continue
+            ladder = ladder_of(sample, method)
+            sizes = sorted({ladder[0], ladder[-1]})
+            try:
+                points = await ask(entry.scratch, entry.key, sample, op="predict", sizes=sizes)
+                fit = knee.fit_activations(
+                    [(whole(raw.get("rows")), whole(raw.get("peak_bytes"))) for raw in points]
+                )
+            except (NosError, ValueError) as error:
+                _logger.info("%s of %s cannot be predicted: %s", method.name, entry.key, error)
+                continue
+            fitting = fit.rows_within(room_bytes, sizes[-1])
+            if method.HasField("batching"):
+                rows = min(rows or fitting, fitting)
+            need_bytes = max(need_bytes, fit.at(fitting))
+        return rows, need_bytes
 
     async def _quiet(self) -> bool:
         """Wait until nobody would wait for a batch more; return False if that does not come."""
@@ -372,111 +467,6 @@ class Profiles:
         self._on_measured(entry.key)
 
 
-class _Sweep:
-    """Measures methods at growing sizes until the time is up."""
-
-    def __init__(
-        self,
-        executor: Executor,
-        entry: Entry,
-        quiet: Callable[[], Any],
-        room_bytes: Callable[[], int],
-        budget_s: float,
-    ) -> None:
-        self._executor = executor
-        self._key = entry.key
-        self._quiet = quiet
-        self._room_bytes = room_bytes
-        self._left_s = self._budget_s = budget_s
-        #: Of the method that is measured, by rows.
-        self._modules: dict[int, list[models_pb2.ModuleUse]] = {}
-        #: What ended the last one early, if not the time.
-        self.error: NosError | None = None
-
-    async def run(self, sample: Sample, method: models_pb2.Method) -> models_pb2.MethodProfile:
-        """Measure one method; what goes wrong is in its note."""
-        found = models_pb2.MethodProfile(method=method.name, sample=sample.origin)
-        ladder = _ladder(sample, method)
-        self._modules.clear()
-        found.note = await self._measure(sample, ladder, found)
-        if method.HasField("batching") and not method.batching.is_each:
-            _choose(found, method.batching.max_rows, ladder if self.error is None else [])
-        if isinstance(self.error, OutOfDeviceMemoryError):
-            await self._predict(sample, ladder[len(found.points) :], found)
-        if self._modules:
-            found.module_rows = found.chosen_rows or max(self._modules)
-            if found.module_rows not in self._modules:
-                found.module_rows = max(self._modules)
-            found.modules.extend(self._modules[found.module_rows])
-        return found
-
-    async def _measure(
-        self, sample: Sample, ladder: list[int], found: models_pb2.MethodProfile
-    ) -> str:
-        """Add a point for each size; returns why it stopped before the last one."""
-        self.error = None
-        for rows in ladder:
-            predicted_bytes = 0
-            if found.points:
-                last = found.points[-1]
-                if _COST * rows / last.rows * last.took_s > self._left_s:
-                    return f"was not tried with {rows} rows: {self._budget_s:g} s were up"
-                seen = [(point.rows, point.measured_bytes) for point in found.points]
-                predicted_bytes = knee.fit_activations(seen).at(rows) if len(seen) > 1 else 0
-            if not await self._quiet():
-                return f"was not tried with {rows} rows: there was no quiet moment"
-            try:
-                if predicted_bytes > self._room_bytes():
-                    raise OutOfDeviceMemoryError("the budget has no room")
-                (raw,) = await self._ask(sample, op="measure", rows=rows, limit_s=_SIZE_S)
-                self._left_s -= _seconds(raw.get("spent_s"))
-                point = _point(raw, rows)
-                point.predicted_bytes = predicted_bytes
-                found.points.append(point)
-                self._modules[rows] = _modules(raw)
-            except NosError as error:
-                self.error = error
-                return f"failed with {rows} rows: {error}"
-        return ""
-
-    async def _predict(
-        self, sample: Sample, sizes: list[int], found: models_pb2.MethodProfile
-    ) -> None:
-        """Say what sizes need for which there was no room, without running them."""
-        try:
-            for raw in await self._ask(sample, op="predict", sizes=sizes):
-                found.points.add(
-                    rows=_whole(raw.get("rows")),
-                    predicted_bytes=_whole(raw.get("peak_bytes")),
-                    flops=_whole(raw.get("flops")),
-                )
-        except NosError as error:
-            found.note += f"; cannot be predicted: {error}"
-
-    async def _ask(self, sample: Sample, **fields: Any) -> list[dict[str, Any]]:
-        """Have the executor do something; its answer is a list of dicts, and no more is known of it.
-
-        Raises:
-            NosError: What the model raised, or that it took too long.
-        """
-        message = {
-            **fields,
-            "key": self._key,
-            "method": sample.method,
-            "args": sample.arguments,
-            "joined": sample.joined,
-        }
-        try:
-            async with asyncio.timeout(_PASS_S):
-                points = await self._executor.profile(message, sample.data)
-        except TimeoutError:
-            self._executor.kill("its profile takes too long")
-            raise InternalError(f"it took over {_PASS_S:g} s") from None
-        if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
-            raise InternalError(_NONSENSE)
-        return points
-
-
 def advice(profile: models_pb2.Profile) -> tuple[int, list[tuple[int, float]]]:
     """Return the rows that batches may have, 0 where nothing is chosen, and (rows, seconds) of some."""
     batching = [method for method in profile.methods if method.chosen_rows]
@@ -486,43 +476,22 @@ def advice(profile: models_pb2.Profile) -> tuple[int, list[tuple[int, float]]]:
     return largest.chosen_rows, [(it.rows, it.took_s) for it in largest.points if it.took_s]
 
 
+def rows_within(profile: models_pb2.Profile, room_bytes: int) -> int:
+    """Return how many rows one call may have for its activations to take no more than so many bytes."""
+    most = MAX_BATCH_ROWS
+    for method in profile.methods:
+        points = [(it.rows, it.measured_bytes or it.predicted_bytes) for it in method.points]
+        if points and method.chosen_rows:
+            most = knee.fit_activations(points).rows_within(room_bytes, most)
+    return most
+
+
 def _version_of(distribution: str) -> str:
     """Return an installed version; empty where the code is used from its folder."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _ladder(sample: Sample, method: models_pb2.Method) -> list[int]:
-    """Return the sizes to try: powers of two up to the author's limit or the usual one."""
-    if not sample.joined:
-        return [1]
-    most = method.batching.max_rows or MAX_BATCH_ROWS
-    most = max(1, min(most, MAX_BATCH_BYTES // max(1, len(sample.data))))
-    sizes = [1 << power for power in range(int(math.log2(most)) + 1)]
-    return sizes if sizes[-1] == most else [*sizes, most]
-
-
-def _choose(found: models_pb2.MethodProfile, limit: int, ladder: list[int]) -> None:
-    """Choose a batch among the sizes measured, and those of `ladder` on the line through them."""
-    times_of = [(point.rows, point.took_s) for point in found.points if point.took_s]
-    if not times_of:
-        return
-    choice = knee.choose(times_of)
-    found.t0_s, found.row_s = choice.t0_s, choice.row_s
-    if len(times_of) == 1 and len(ladder) > 1:
-        found.why = "nothing is chosen: one size was measured"
-        return
-    beyond = [(rows, choice.t0_s + choice.row_s * rows) for rows in ladder[len(times_of) :]]
-    if beyond:
-        choice = knee.choose([*times_of, *beyond])
-    found.chosen_rows, found.why = choice.rows, choice.why
-    if beyond:
-        found.why += f", by the line beyond {times_of[-1][0]} rows"
-    if limit:
-        found.chosen_rows = limit
-        found.why = f"its author's limit; by these figures {choice.rows}: {choice.why}"
 
 
 def _activation_bytes(profile: models_pb2.Profile) -> int:
@@ -535,40 +504,3 @@ def _activation_bytes(profile: models_pb2.Profile) -> int:
             size = (rows or MAX_BATCH_ROWS) if method.t0_s or method.row_s else 1
             most = max(most, knee.fit_activations(points).at(size))
     return most
-
-
-def _point(raw: dict[str, Any], rows: int) -> models_pb2.ProfilePoint:
-    return models_pb2.ProfilePoint(
-        rows=rows,
-        took_s=_seconds(raw.get("took_s")),
-        measured_bytes=_whole(raw.get("peak_bytes")),
-        flops=_whole(raw.get("flops")),
-    )
-
-
-def _modules(raw: dict[str, Any]) -> list[models_pb2.ModuleUse]:
-    try:
-        return [
-            models_pb2.ModuleUse(
-                path=str(path),
-                kind=str(kind),
-                weight_bytes=_whole(weight),
-                activation_bytes=_whole(activation),
-                workspace_bytes=_whole(workspace),
-            )
-            for path, kind, weight, activation, workspace in raw["modules"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InternalError(_NONSENSE, got=repr(error)[:100]) from None
-
-
-def _seconds(value: Any) -> float:
-    if type(value) is not float or not 0 < value < math.inf:
-        raise InternalError(_NONSENSE, got=repr(value)[:100])
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise InternalError(_NONSENSE, got=repr(value)[:100])
-    return value

@@ -59,6 +59,7 @@ def test_shares_of_tenants_come_from_a_flag_or_a_table(tmp_path):
         ({"models": ["/no/where"]}, "bad --models: expected an existing folder, got '/no/where'"),
         ({"capacity_bytes": "lots"}, "bad --capacity-bytes: .*got 'lots'"),
         ({"capacity_bytes": "0"}, "bad --capacity-bytes: expected greater than 0, got '0'"),
+        ({"capacity_bytes": "-1"}, "bad --capacity-bytes: expected greater than 0, got '-1'"),
         ({"host_bytes": "0"}, "bad --host-bytes: expected greater than 0, got '0'"),
         ({"eviction": "random"}, "bad --eviction: expected 'lru', 'fifo', 'lfu' or 'gdsf', got"),
         ({"max_models": "-1"}, "bad --max-models: .*got '-1'"),

@@ -26,6 +26,14 @@ def test_a_worker_with_room_beats_an_idle_one_without():
     assert chosen([load("full", used_bytes=950), load("roomy", num_pending=3)]) == "roomy"
 
 
+def test_room_is_what_it_took_where_it_was_measured_but_no_reason_to_refuse():
+    workers = [load("short", used_bytes=700), load("roomy", num_pending=3)]
+    needs = Needs(weight_bytes=100, profiled_bytes=400)
+    assert Seats(workers).take("m@v1", needs) == workers[1]
+    assert Seats(workers[:1]).take("m@v1", needs) == workers[0]
+    assert Seats([load("small")]).take("m@v1", Needs(profiled_bytes=5000)) == load("small")
+
+
 def test_the_least_loaded_of_those_with_room_wins():
     assert chosen([load("a", num_pending=2), load("b"), load("c", num_pending=1)]) == "b"
     assert chosen([load("a", num_models=2), load("b", num_models=1)]) == "b"

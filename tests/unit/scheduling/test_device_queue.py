@@ -345,6 +345,29 @@ def test_a_batch_of_bulk_keeps_to_the_quantum_although_nobody_else_waits() -> No
     assert 1 <= following.rows <= 8
 
 
+def test_a_request_has_as_many_rows_as_its_author_and_the_memory_allow() -> None:
+    made = DeviceQueue(max_concurrent_batches=1)
+    made.open_model("a", "x", now_s=0, limits=BatchLimits(max_rows=32))
+    assert made.whole_rows("a", is_bulk=False) == 32
+    made.advise("a", 1, [])
+    assert made.whole_rows("a", is_bulk=False) == 32, "its best batch is about those of several"
+    made.advise("a", 1, [], memory_rows=8)
+    assert made.whole_rows("a", is_bulk=False) == 8
+    made.failed_together("a", 8, now_s=0)
+    assert made.whole_rows("a", is_bulk=False) == 4
+    assert made.whole_rows("b", is_bulk=False) == 1, "it is not here"
+
+
+def test_a_request_is_no_longer_than_the_quantum_while_another_model_waits() -> None:
+    made = queue()
+    made.advise("a", 1, [(1, 0.01), (2, 0.02), (4, 0.04), (8, 0.08)])
+    assert made.whole_rows("a", is_bulk=False) == 64
+    assert 1 <= made.whole_rows("a", is_bulk=True) <= 8
+    made.hold("y", now_s=0)
+    made.arrive(request(1, model="b"), now_s=0)
+    assert 1 <= made.whole_rows("a", is_bulk=False) <= 8
+
+
 def brisk(call_s: float = 1e-4, grants: int = 1) -> DeviceQueue:
     """A queue that knows how long a call of `a` takes; it is 1 s by its clock."""
     made = queue(grants)

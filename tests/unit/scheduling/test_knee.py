@@ -68,3 +68,8 @@ def test_points_off_the_line_are_never_undercut():
     assert not curve.is_linear
     assert curve.at(2) >= 400
     assert curve.at(8) >= 800
+
+
+def test_the_rows_within_bytes_are_the_most_that_the_fit_allows():
+    line = knee.fit_activations([(1, 150), (2, 250), (4, 450)])
+    assert [line.rows_within(num, 64) for num in (100, 149, 250, 1000, 10**6)] == [1, 1, 2, 9, 64]
