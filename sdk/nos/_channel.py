@@ -29,6 +29,8 @@ from nos.wire.v1 import inference_pb2
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy as np
+
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 #: A server on this machine or in this cluster accepts a connection at once, or is not there.
@@ -83,6 +85,9 @@ class Duplex(Protocol):
     ) -> list[bytes]:
         """Return frame `seq` as what `put` takes, in order; the data is copied by then."""
 
+    def room(self, size: int) -> np.ndarray[Any, Any] | None:
+        """Return a place for a frame's data from which `pack` need not copy it; None if there is none."""
+
     def wrap(self, message: bytes) -> bytes:
         """Return a message without data as what `put` takes."""
 
@@ -119,6 +124,10 @@ class RpcStream:
     ) -> list[bytes]:
         """See `Duplex`."""
         return list(frames.pack(seq, header, buffers, size))
+
+    def room(self, size: int) -> np.ndarray[Any, Any] | None:
+        """See `Duplex`."""
+        return None
 
     def wrap(self, message: bytes) -> bytes:
         """See `Duplex`."""

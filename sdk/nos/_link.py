@@ -41,6 +41,8 @@ from nos.wire.limits import RESUMABLE_BYTES, RESUME, UNORDERED
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
+
     from nos._channel import Duplex, Metadata, Transport
 
 _logger = logging.getLogger(__name__)
@@ -360,6 +362,11 @@ class Link:
         for it in dropped:
             it.fail(OverloadedError("the frame was dropped by the stream's policy"))
         return True
+
+    def room(self, size: int) -> np.ndarray[Any, Any] | None:
+        """Return a place for a frame's data from where it need not be copied; None if there is none."""
+        with self._lock:
+            return self._stream.room(size) if self._stream is not None else None
 
     def cancel(self, call: Call) -> None:
         """Withdraw a call's frame."""

@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from nos import _fork
 from nos._session import broken
@@ -30,6 +30,8 @@ if sys.platform == "linux":
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    import numpy as np
 
     from nos._channel import Metadata
 
@@ -118,6 +120,10 @@ class LocalStream:
     def wrap(self, message: bytes) -> bytes:
         """See `Duplex`."""
         return self._shared.wrap(message)
+
+    def room(self, size: int) -> np.ndarray[Any, Any] | None:
+        """See `Duplex`."""
+        return self._shared.room(size)
 
     def put(self, message: bytes | None) -> None:
         """See `Duplex`; sends in the caller's thread what the socket takes at once."""

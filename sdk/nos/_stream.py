@@ -7,6 +7,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
+
 from nos._link import Flow
 from nos._results import Results
 from nos.errors import (
@@ -20,7 +22,7 @@ from nos.errors import (
 from nos.types import Result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from nos._engine import Engine
     from nos._link import Call, Link, Lost
@@ -133,6 +135,13 @@ class StreamCore:
         """Which way the frames go, or went last; empty until that is known."""
         link = self._link
         return str((link and link.route) or self._route)
+
+    def buffer(self, shape: int | Sequence[int], dtype: Any) -> np.ndarray[Any, Any]:
+        """Return an array with any content, which `submit` need not copy where that is possible."""
+        made: np.ndarray[Any, Any] = np.empty(shape, dtype)
+        with self._lock:
+            room = self._link.room(made.nbytes) if self._link is not None else None
+        return made if room is None else room.view(made.dtype).reshape(made.shape)
 
     def submit(self, call: Call, seq: int, on_admitted: Callable[[], None]) -> None:
         """Send a frame that `results` knows of; its results go there, and if it cannot be sent, why."""

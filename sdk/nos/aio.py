@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
+    import numpy as np
+    import numpy.typing as npt
+
     from nos._control import Rpc
     from nos._link import Call, Flow
     from nos._profile import Profile
@@ -440,6 +443,13 @@ class AsyncStream:
     def route(self) -> str:
         """Which way the frames go; empty until that is known."""
         return self._core.route
+
+    def buffer(
+        self, shape: int | Sequence[int], dtype: npt.DTypeLike = "uint8"
+    ) -> np.ndarray[Any, Any]:
+        """Return an array to fill and `send` once; see `Stream.buffer`."""
+        self._check_pid()
+        return self._core.buffer(shape, dtype)
 
     async def send(self, *args: Any, **kwargs: Any) -> int:
         """Send a frame; waits while the server's window is full. See `Stream.send`."""

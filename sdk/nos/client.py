@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    import numpy as np
+    import numpy.typing as npt
+
     from nos._bench import Bench
     from nos._link import Call, Flow
     from nos._profile import Profile
@@ -597,6 +600,20 @@ class Stream:
             call.cancel()
             raise
         return seq
+
+    def buffer(
+        self, shape: int | Sequence[int], dtype: npt.DTypeLike = "uint8"
+    ) -> np.ndarray[Any, Any]:
+        """Return an array to fill and `send` once, without a copy on the server's host.
+
+        Its content is arbitrary. Once it was sent it is the server's: ask for another for the next frame.
+
+        Args:
+            shape: Of the frame, for instance `(480, 640, 3)`.
+            dtype: Of its items.
+        """
+        self._check_pid()
+        return self._core.buffer(shape, dtype)
 
     def __iter__(self) -> Iterator[Result]:
         return self

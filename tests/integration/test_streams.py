@@ -86,6 +86,25 @@ def test_local_frames_of_any_size_come_back(local, size):
     np.testing.assert_array_equal(local.model("nos/echo")(data), data)
 
 
+@pytest.mark.accept("D5")
+@pytest.mark.parametrize("via", ["local", "direct"])
+def test_frames_that_were_written_into_buffers_of_the_stream_come_back_as_they_were(server, via):
+    with connect(server, via) as client, client.model("nos/echo").stream() as stream:
+        for number in range(80):  # more than the shared memory holds
+            frame = stream.buffer((480, 640, 3))
+            assert (frame.shape, frame.dtype) == ((480, 640, 3), np.uint8)
+            np.add(FRAME, number, out=frame)
+            stream.send(frame)
+            if number >= 8:
+                np.testing.assert_array_equal(next(stream).value, FRAME + np.uint8(number - 8))
+        is_shared = stream.buffer(1 << 16).base is not None
+        assert is_shared == (via == "local")
+        unsent = [stream.buffer((480, 640, 3)) for _ in range(30)]
+        stream.send(unsent[-1][:100])
+        assert sum(1 for _ in stream) == 9
+    unsent[0][:] = 1  # it is the caller's as long as it was not sent
+
+
 def test_a_local_result_stays_when_its_memory_is_used_again(local):
     echo = local.model("nos/echo")
     first = echo(FRAME)

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import bisect
 import struct
+import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from nos.errors import InvalidRequestError
 from nos.wire import frames
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
     from nos.wire.frames import Buffer
 
+    Array = np.ndarray[Any, Any]
+
 HEAD: Final = struct.Struct("<IQQQ")
 #: An offset that stands for "in the message itself".
 INLINE: Final = (1 << 64) - 1
@@ -40,6 +45,8 @@ INLINE: Final = (1 << 64) - 1
 FINISH: Final = INLINE - 1
 #: How much a message may have beside its data.
 _SLACK_BYTES: Final = 1 << 20
+#: Rooms that wait for their data; more frames than that are never under way.
+_MAX_ROOMS: Final = 16
 
 
 class Blocks:
@@ -63,8 +70,8 @@ class Blocks:
         """Let go of the memory."""
         self._view.release()
 
-    def put(self, buffers: Sequence[Buffer], size: int) -> int | None:
-        """Copy `buffers` into a new block; return its offset, or None if there is no room."""
+    def reserve(self, size: int) -> int | None:
+        """Return the offset of a place that is kept until `give` or `withdraw`; None if there is none."""
         start = 0
         for offset, end in self._used:  # the lowest gap, since what was used lately is warm
             if offset - start >= size:
@@ -73,7 +80,26 @@ class Blocks:
         if start + size > self._view.nbytes:
             return None
         bisect.insort(self._used, (start, start + size))
-        self._order.append(start)
+        return start
+
+    def give(self, offset: int) -> None:
+        """Make what was reserved a block: the reader's from now on."""
+        self._order.append(offset)
+
+    def withdraw(self, offset: int) -> None:
+        """Take back what was reserved."""
+        del self._used[bisect.bisect_left(self._used, (offset, 0))]
+
+    def at(self, offset: int, size: int) -> memoryview:
+        """Return a part of the memory."""
+        return self._view[offset : offset + size]
+
+    def put(self, buffers: Sequence[Buffer], size: int) -> int | None:
+        """Copy `buffers` into a new block; return its offset, or None if there is no room."""
+        start = self.reserve(size)
+        if start is None:
+            return None
+        self.give(start)
         at = start
         for buffer in buffers:
             piece = buffer if isinstance(buffer, memoryview) else memoryview(buffer)
@@ -111,6 +137,10 @@ class SharedEnd:
     def __init__(self, outgoing: memoryview, incoming: memoryview) -> None:
         self._blocks = Blocks(outgoing)
         self._incoming = incoming
+        #: Rooms that wait for their data, by address: offset, bytes, and what tells of their end.
+        self._rooms: dict[int, tuple[int, int, weakref.ref[Array]]] = {}
+        #: Those of them that nobody refers to any more.
+        self._dropped: deque[int] = deque()
         self._received = bytearray()
         #: Blocks that this end has read, and how many of them the peer was told of.
         self._num_read = self._num_told = 0
@@ -138,7 +168,9 @@ class SharedEnd:
         if size <= INLINE_BYTES:
             yield self._frame(frames.with_data(header, buffers, size))
             return
-        offset = self._blocks.put(buffers, size)
+        offset = self._take_room(buffers, size) if self._rooms else None
+        if offset is None:
+            offset = self._blocks.put(buffers, size)
         if offset is not None:
             yield self._frame(header, offset, size)
             return
@@ -150,6 +182,37 @@ class SharedEnd:
             else:
                 yield self._frame(frames.with_data(header, group, piece_bytes))
             header = frames.chunk_header(seq)
+
+    def room(self, size: int) -> Array | None:
+        """Return a place for the data of one message, which `pack` need not copy then; None if there is none.
+
+        It comes free when nobody refers to it any more, or, once it was packed, like any block.
+        """
+        while self._dropped:
+            dropped = self._rooms.pop(self._dropped.popleft(), None)
+            if dropped is not None:
+                self._blocks.withdraw(dropped[0])
+        if size <= INLINE_BYTES or len(self._rooms) >= _MAX_ROOMS:
+            return None
+        offset = self._blocks.reserve(size)
+        if offset is None:
+            return None
+        # Arrays made of this one refer to it, which they would not to a memoryview.
+        place: Array = np.frombuffer(self._blocks.at(offset, size), np.uint8)
+        address, dropped_rooms = _address(place), self._dropped
+        ending = weakref.ref(place, lambda _: dropped_rooms.append(address))
+        self._rooms[address] = (offset, size, ending)
+        return place
+
+    def _take_room(self, buffers: Sequence[Buffer], size: int) -> int | None:
+        """Return the offset of a room that the data lies in already, all of it; else None."""
+        address = _address(buffers[0]) if len(buffers) == 1 else 0
+        found = self._rooms.get(address)
+        if found is None or found[1] != size:
+            return None
+        del self._rooms[address]
+        self._blocks.give(found[0])
+        return found[0]
 
     def wrap(self, message: bytes) -> bytes:
         """Return what to send for a message that is about the stream, or has its data in it."""
@@ -221,3 +284,7 @@ class SharedEnd:
     def _frame(self, message: bytes, offset: int = INLINE, size: int = 0) -> bytes:
         self._num_told, self._untold_bytes = self._num_read, 0
         return HEAD.pack(len(message), self._num_read, offset, size) + message
+
+
+def _address(buffer: Buffer | Array) -> int:
+    return int(np.frombuffer(buffer, np.uint8).__array_interface__["data"][0])

@@ -96,6 +96,51 @@ def test_blocks_in_use_never_overlap():
     assert blocks.put([b"d" * 800], 800) is None
 
 
+def test_what_lies_in_its_room_is_sent_as_it_lies(ends):
+    client, server = ends
+    room = client.room(6000)
+    room[:] = 7
+    raw = b"".join(client.pack(1, frame(1, 6000), [memoryview(room)], 6000))
+    room[:] = 8  # nobody has read it yet: were it copied, this would not be seen
+    [(_, block)] = server.feed(raw)
+    assert bytes(block) == b"\x08" * 6000
+
+
+def test_rooms_never_overlap_and_come_free_with_their_last_array(ends):
+    client, server = ends
+    first, second = client.room(SIZE // 2), client.room(SIZE // 2)
+    first[:], second[:] = 1, 2
+    assert not (first == 2).any()
+    assert client.room(5000) is None
+    part = second.reshape(2, -1)[1:]
+    del second
+    assert client.room(5000) is None, "an array of it is still there"
+    del part
+    assert client.room(SIZE // 2) is not None
+    assert send(client, server, 1, b"x" * 5000) == [(1, b"x" * 5000)]
+
+
+def test_part_of_a_room_is_sent_as_any_other_data(ends):
+    client, server = ends
+    room = client.room(12000)
+    room[:] = 3
+    assert send(client, server, 1, room[:6000]) == [(1, b"\x03" * 6000)]
+    assert send(client, server, 2, room) == [(2, b"\x03" * 12000)]
+
+
+def test_a_room_is_a_block_once_it_was_sent(ends):
+    client, server = ends
+    for seq in range(1, 40):
+        room = client.room(SIZE // 2)
+        assert room is not None, seq
+        room[:] = seq
+        [(_, data)] = send(client, server, seq, room)
+        assert set(data) == {seq}
+        del room
+        for _ in client.feed(server.wrap(b"")):
+            pass
+
+
 def test_inline_messages_are_those_of_grpc(ends):
     raw = frames.with_data(frame(1, 10), [bytes(10)], 10)
     [(header, data)] = ends[1].feed(ends[0].wrap(raw))
