@@ -12,8 +12,12 @@ from nos_jupyter.views import OTHER, format_bytes, other_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nos.types import Device, Worker
+    from nos.types import Device, Event, Worker
 
+#: Events that the chart marks; that a model is back it sees by itself.
+_MARKED = frozenset(
+    {"loading", "loaded", "evicted", "unloaded", "failed", "worker-lost", "executor-lost"}
+)
 #: Ten minutes at 2 Hz.
 MAX_SAMPLES = 1200
 MAX_MARKS = 200
@@ -71,6 +75,39 @@ class History:
     def __init__(self) -> None:
         self.samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self.marks: deque[Mark] = deque(maxlen=MAX_MARKS)
+        #: Models that left to make room, and whether a sample has shown their absence.
+        self._evicted: dict[str, bool] = {}
+
+    def take(self, event: Event) -> list[Sample | Mark]:
+        """Keep what an event says; return what is new by it."""
+        if event.status is None:
+            if event.kind not in _MARKED:
+                return []
+            name = event.model.partition("@")[0]
+            self._evicted.pop(name, None)
+            if event.kind == "evicted":
+                self._evicted[name] = False
+            return [self._mark(event.time_s, event.kind, event.model)]
+        sample = Sample(event.time_s, event.status.workers)
+        self.samples.append(sample)
+        there = {
+            part.model.partition("@")[0]
+            for worker in sample.workers
+            for part in worker.device.models
+            if part.device_bytes
+        }
+        back = [name for name, was_away in self._evicted.items() if was_away and name in there]
+        self._evicted = {
+            name: was_away or name not in there
+            for name, was_away in self._evicted.items()
+            if name not in back
+        }
+        return [sample, *(self._mark(event.time_s, "reloaded", name) for name in back)]
+
+    def _mark(self, time_s: float, kind: str, model: str) -> Mark:
+        mark = Mark(time_s, kind, model)
+        self.marks.append(mark)
+        return mark
 
     @property
     def peak_bytes(self) -> int:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 STATIC = Path(__file__).parent / "static"
+#: What a widget's page needs that has a form for calls, in order.
+FORM = ("page", "camera", "microphone", "parameters", "pictures", "inputs", "results", "calls")
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./\w+\.js";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?!default)", re.MULTILINE)
 

@@ -19,8 +19,12 @@ MAX_SCORES = 1000
 MAX_TEXT = 20_000
 #: What pages scale their own pictures to.
 MAX_PIXELS_SIDE = 4096
+#: Things found in one picture that a page draws, and the bytes of their masks.
+MAX_FOUND = 300
+MAX_MASK_BYTES = 32 << 20
 _TOLERANCE = 1e-3
 _PLANE = 2
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +32,9 @@ class Rendered:
     """A value as a page shows it."""
 
     view: dict[str, Any]
-    """`kind` is `image`, `pixels`, `scores`, `table`, `text`, `json` or `array`."""
+    """`kind` is `image`, `pixels`, `overlay`, `audio`, `scores`, `table`, `text`, `json` or `array`."""
     data: bytes = b""
-    """Of an image its file, of pixels their bytes in rows."""
+    """Of an image or sound its file, of pixels their bytes in rows, of masks 0 or 1 for each pixel."""
 
 
 def render(value: Any) -> Rendered:
@@ -41,6 +45,10 @@ def render(value: Any) -> Rendered:
         return _render_array(value)
     if isinstance(value, str):
         return Rendered({"kind": "text", "text": _clip(value)})
+    if isinstance(value, bytes) and (mime_type := views.sound_type(value)):
+        return Rendered({"kind": "audio", "mime_type": mime_type}, value)
+    if (found := _render_found(value)) is not None:
+        return found
     if isinstance(value, Mapping) and value:
         if all(isinstance(item, float) and math.isfinite(item) for item in value.values()):
             return _scores([str(key) for key in value], [float(item) for item in value.values()])
@@ -79,6 +87,68 @@ def _render_array(array: np.ndarray[Any, Any]) -> Rendered:
     preview = np.array2string(array, threshold=60, edgeitems=4, precision=4)
     title = f"{array.dtype} ({', '.join(map(str, array.shape))})"
     return Rendered({"kind": "array", "title": title, "text": _clip(preview)})
+
+
+def _render_found(value: Any) -> Rendered | None:
+    """Return what draws the things found in a picture; None where the value is no such list.
+
+    Either `{"boxes": (n, 4) as x0, y0, x1, y1 in pixels, "masks": (n, height, width), "labels": n names,
+    "scores": n numbers}`, of which boxes or masks are enough; or records with a `box` of `xmin`, `ymin`,
+    `xmax` and `ymax`, as pipelines of transformers give.
+    """
+    if _is_list_of_boxes(value):
+        return _draw_found(
+            {
+                "boxes": [[record["box"][corner] for corner in _CORNERS] for record in value],
+                "labels": [record.get("label", "") for record in value],
+                "scores": [record.get("score") for record in value],
+            }
+        )
+    return _draw_found(value) if isinstance(value, Mapping) else None
+
+
+def _draw_found(value: Mapping[str, Any]) -> Rendered | None:
+    if not value.keys() & {"boxes", "masks"}:
+        return None
+    try:
+        boxes = np.asarray(value.get("boxes", ()), np.float64)
+        masks = np.asarray(value.get("masks", ()))
+        labels = [str(label) for label in value.get("labels", ())]
+        scores = [None if it is None else float(it) for it in value.get("scores", ())]
+    except (TypeError, ValueError):
+        return None
+    count = len(boxes) or len(masks)
+    are_boxes = boxes.size == 0 or (boxes.shape == (count, 4) and bool(np.isfinite(boxes).all()))
+    are_masks = masks.size == 0 or (
+        masks.ndim == _PLANE + 1
+        and len(masks) == count
+        and masks.dtype.kind in "bui"
+        and masks.size <= MAX_MASK_BYTES
+    )
+    fits = all(len(named) in (0, count) for named in (labels, scores))
+    if not (are_boxes and are_masks and fits and count <= MAX_FOUND):
+        return None
+    view = {
+        "kind": "overlay",
+        "boxes": boxes.reshape(-1, 4).tolist(),
+        "masks": list(masks.shape) if masks.size else [0, 0, 0],
+        "labels": labels,
+        "scores": scores,
+    }
+    return Rendered(view, (masks != 0).astype(np.uint8).tobytes() if masks.size else b"")
+
+
+def _is_list_of_boxes(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(record, Mapping)
+            and isinstance(record.get("box"), Mapping)
+            and record["box"].keys() >= set(_CORNERS)
+            for record in value
+        )
+    )
 
 
 def _scores(labels: list[str], values: list[float]) -> Rendered:

@@ -24,6 +24,10 @@ _KIB = 1024
 _SHOWN_RESULTS = 10
 _BRIEF_TEXT = 100
 _PLANE = 2
+#: Sound that a saved notebook holds.
+_MAX_SOUND_BYTES = 2 << 20
+#: First bytes of files of sound; those of RIFF say further on what they are.
+_SOUNDS = {b"OggS": "audio/ogg", b"fLaC": "audio/flac", b"ID3": "audio/mpeg"}
 #: PNG's colour type by number of channels.
 _COLOR_TYPES = {1: 0, 3: 2, 4: 6}
 #: What uses a device beside the models' weights.
@@ -190,7 +194,7 @@ class MapResult:
 
 
 def value_bundle(value: Any) -> MimeBundle:
-    """Return a value's forms: images as images, numbers by name as a table, arrays with their shape first."""
+    """Return a value's forms: images and sound as such, named numbers as a table, arrays with their shape."""
     if hasattr(value, "_repr_mimebundle_"):
         return dict(value._repr_mimebundle_())
     if isinstance(value, np.ndarray):
@@ -198,7 +202,26 @@ def value_bundle(value: Any) -> MimeBundle:
     if isinstance(value, Mapping) and value and all(_is_plain(item) for item in value.values()):
         table = Table(("name", "value"), tuple((str(k), _short(v)) for k, v in value.items()))
         return table._repr_mimebundle_()
+    if isinstance(value, bytes) and len(value) > _BRIEF_TEXT:
+        return _bytes_bundle(value)
     return {"text/plain": value if isinstance(value, str) else repr(value)}
+
+
+def sound_type(data: bytes) -> str:
+    """Return the type of a file of sound; nothing for other bytes."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        return "audio/wav"
+    return next((kind for magic, kind in _SOUNDS.items() if data.startswith(magic)), "")
+
+
+def _bytes_bundle(data: bytes) -> MimeBundle:
+    kind = sound_type(data)
+    text = ", ".join(filter(None, (kind, f"{len(data)} bytes")))
+    bundle: MimeBundle = {"text/plain": text}
+    if kind and len(data) <= _MAX_SOUND_BYTES:
+        source = f"data:{kind};base64,{b64encode(data).decode()}"
+        bundle["text/html"] = f'<audio controls src="{source}"></audio><div>{escape(text)}</div>'
+    return bundle
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,14 +1,17 @@
-"""One JupyterLab for all browser tests, and one browser for each module of them."""
+"""One JupyterLab and one browser for all tests of this folder; both end behind the last of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
 from tests.browser.lab import Jupyter, jupyter
 from tests.browser.page import Browser, Lab, browser
 from tests.servers import Server
+
+FAILED = pytest.StashKey[bool]()
 
 
 def flags_for(server: Server) -> tuple[str, ...]:
@@ -21,22 +24,42 @@ def flags_for(server: Server) -> tuple[str, ...]:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def jupyter_lab(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Jupyter]:
     """A JupyterLab whose server extension hands the run's server to its kernels."""
     with jupyter(tmp_path_factory.mktemp("lab"), *flags_for(server), app="lab") as running:
         yield running
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A browser."""
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
+@pytest.fixture(scope="package")
+def chromium(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Browser]:
+    """A browser, which takes pictures of the widgets in `make accept`."""
+    is_shooting = request.config.getoption("--accept") is not None
+    with browser(tmp_path_factory.mktemp("browser"), is_shooting=is_shooting) as opened:
         yield opened
 
 
+@pytest.fixture(scope="package")
+def tab(chromium: Browser) -> Iterator[Lab]:
+    """A tab for all tests."""
+    with chromium.tab() as opened:
+        yield opened
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Note which tests failed."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
 @pytest.fixture
-def opened(chromium: Browser) -> Iterator[Lab]:
-    """An empty tab."""
-    with chromium.tab() as tab:
-        yield tab
+def opened(tab: Lab, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """The tab; behind a test that failed it is made anew."""
+    yield tab
+    if request.node.stash.get(FAILED, False):
+        tab.renew()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
-from playwright.sync_api import BrowserContext, Page, sync_playwright
+from playwright.sync_api import BrowserContext, sync_playwright
 
 from tests.browser.lab import TOKEN, Jupyter
 from tests.servers import ROOT
@@ -28,6 +28,9 @@ ARGUMENTS = [
 SCREENSHOTS = ROOT / "build" / "screenshots"
 KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
 START_MS = 90_000
+CLOSE_WIDGETS = """import sys
+if widgets := sys.modules.get("ipywidgets"):
+    widgets.Widget.close_all()"""
 
 
 def write_notebook(server: Jupyter, name: str, cells: list[str]) -> None:
@@ -40,18 +43,36 @@ def write_notebook(server: Jupyter, name: str, cells: list[str]) -> None:
 
 
 class Lab:
-    """A notebook that is open in a browser."""
+    """A tab, with a notebook that is open in it."""
 
-    def __init__(self, page: Page) -> None:
-        self.page = page
+    def __init__(self, context: BrowserContext, *, is_shooting: bool) -> None:
+        self.page = context.new_page()
+        self.is_shooting = is_shooting
+        #: Where its notebooks are; None before the first.
+        self.server: Jupyter | None = None
 
     def open(self, server: Jupyter, name: str) -> None:
         """Open a notebook and wait for its kernel."""
+        self.shut_down()
+        self.server = server
         url = f"{server.origin}{server.base_url}lab/tree/{name}?token={TOKEN}&reset"
         self.page.goto(url, wait_until="domcontentloaded")
         self.page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=START_MS)
         self.page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext")
         self.wait_idle()
+
+    def shut_down(self) -> None:
+        """End the kernels of its notebooks, which would follow the backend beside the next test."""
+        if self.server is not None:
+            for session in self.server.fetch("api/sessions").json():
+                self.server.fetch(f"api/sessions/{session['id']}", method="DELETE")
+
+    def renew(self) -> None:
+        """Begin with an empty tab again."""
+        context = self.page.context
+        self.page.close()
+        self.shut_down()
+        self.page = context.new_page()
 
     def wait_idle(self) -> None:
         """Wait until the kernel is connected and has nothing to do."""
@@ -86,18 +107,44 @@ class Lab:
         )
 
     def start(self, server: Jupyter, name: str, cells: list[str], *later: str) -> None:
-        """Open a fresh notebook of these cells and run them, but not those that come later."""
-        write_notebook(server, name, [*cells, *later])
-        self.open(server, name)
+        """Run these cells, but not those that come later, in the notebook that is open, or in a new one.
+
+        A page and a kernel take seconds to load: they serve one test after the other.
+        """
+        is_open = self.page.evaluate(f"() => Boolean(window.jupyterapp && {KERNEL})")
+        if is_open:
+            self._replace([*cells, *later])
+        else:
+            write_notebook(server, name, [*cells, *later])
+            self.open(server, name)
         for _ in cells:
             self.run_next()
+
+    def _replace(self, cells: list[str]) -> None:
+        """Put these cells in the place of all others, and end the widgets that those made."""
+        self.wait_idle()
+        self.execute(CLOSE_WIDGETS)
+        self.page.evaluate(
+            """(cells) => {
+              const { content } = window.jupyterapp.shell.currentWidget;
+              const shared = content.model.sharedModel;
+              shared.transact(() => {
+                shared.deleteCellRange(0, shared.cells.length);
+                shared.insertCells(0, cells.map((source) => ({ cell_type: 'code', source })));
+              });
+              content.activeCellIndex = 0;
+            }""",
+            cells,
+        )
 
     def save(self) -> None:
         """Save the notebook and wait until that is done."""
         self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
 
     def shoot(self, selector: str, name: str) -> None:
-        """Keep a picture of a widget for people to look at, light and dark."""
+        """Keep a picture of a widget for people to look at, light and dark, where that is wanted."""
+        if not self.is_shooting:
+            return
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         for theme in ("Dark", "Light"):
             self.use_theme(f"JupyterLab {theme}")
@@ -118,21 +165,22 @@ class Lab:
 class Browser:
     """A browser with the same window for every tab."""
 
-    def __init__(self, context: BrowserContext) -> None:
+    def __init__(self, context: BrowserContext, *, is_shooting: bool) -> None:
         self.context = context
+        self.is_shooting = is_shooting
 
     @contextmanager
     def tab(self) -> Iterator[Lab]:
-        """Open a tab; it is closed behind the test, and with it what its widgets follow."""
-        page = self.context.new_page()
+        """Open a tab; it is closed behind its user."""
+        opened = Lab(self.context, is_shooting=self.is_shooting)
         try:
-            yield Lab(page)
+            yield opened
         finally:
-            page.close()
+            opened.page.close()
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Browser]:
+def browser(folder: Path, *, is_shooting: bool = False) -> Iterator[Browser]:
     """Open a browser with its profile in `folder`."""
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
@@ -144,6 +192,6 @@ def browser(folder: Path) -> Iterator[Browser]:
         )
         context.set_default_timeout(60_000)
         try:
-            yield Browser(context)
+            yield Browser(context, is_shooting=is_shooting)
         finally:
             context.close()

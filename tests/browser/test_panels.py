@@ -45,7 +45,32 @@ class Doubler:
     def __call__(self, x: int) -> int:
         if x < 0:
             raise ValueError("x is negative")
-        return 2 * x"""
+        return 2 * x
+    def weigh(self, data: bytes) -> int:
+        return data.count(7)
+    def hear(self, data: bytes) -> bytes:
+        assert data[:4] == b"RIFF" and len(data) > 44 + 2 * 16000
+        return data"""
+FINDER = """%%nos model me/finder
+import numpy as np
+from PIL import Image
+class Finder:
+    def __call__(self, image: Image.Image) -> dict:
+        width, height = image.size
+        masks = np.zeros((1, height, width), np.uint8)
+        masks[:, height // 2 :] = 1
+        boxes = np.array([[8.0, 40.0, width - 8.0, height - 8.0]])
+        return {"boxes": boxes, "masks": masks, "labels": ["all of it"], "scores": [0.75]}"""
+#: Gives a file of 25 MiB to a field.
+UPLOAD = """(selector) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(25 << 20).fill(7)], 'large.bin'));
+  const field = document.querySelector(selector);
+  field.files = data.files;
+  field.dispatchEvent(new Event('change'));
+}"""
+#: What a canvas shows at a place: red, green, blue.
+PIXEL = "(canvas, [x, y]) => [...canvas.getContext('2d').getImageData(x, y, 1, 1).data.slice(0, 3)]"
 
 
 def stroke(opened: Lab, pad: Locator, points: list[tuple[float, float]]) -> None:
@@ -119,6 +144,19 @@ def test_the_browser_shows_what_is_registered_and_runs_it(
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".nos-result")).to_contain_text("8", timeout=60_000)
     opened.shoot(".nos-browser", "model-browser")
+
+    form = page.locator(".nos-opened")
+    form.get_by_role("button", name="weigh").click()
+    page.evaluate(UPLOAD, ".nos-opened .nos-file")
+    form.get_by_role("button", name="Run the model").click()
+    expect(form.locator(".nos-result")).to_contain_text(str(25 << 20), timeout=60_000)
+    form.get_by_role("button", name="hear").click()
+    listen = form.get_by_role("button", name="Record sound")
+    listen.click()
+    expect(listen).to_contain_text("Stop (1 s)", timeout=60_000)
+    listen.click()
+    form.get_by_role("button", name="Run the model").click()
+    expect(form.locator(".nos-result audio")).to_be_visible(timeout=60_000)
     row.get_by_role("button", name="Unload me/doubler").click()
     expect(row).to_have_attribute("data-state", "registered", timeout=60_000)
     opened.execute("%nos unregister me/doubler")
@@ -186,10 +224,14 @@ def test_a_backend_that_dies_is_said_and_found_again(
     port = str(free_port())
     first = start_server(tmp_path, "--port", port)
     connect = f"%nos connect {first.address} --token-file {first.token_file}"
-    cells = [LOAD, connect, "%nos mem --watch", "%nos panel nos/echo"]
+    widgets = ["%nos mem --watch", "%nos panel nos/echo", "%nos cluster"]
+    cells = [LOAD, connect, "%nos load nos/echo", *widgets]
     opened.start(jupyter_lab, "dies.ipynb", cells)
     page = opened.page
-    live = "() => document.querySelectorAll(\".nos-w[data-state='live']\").length === 2"
+    cluster = page.locator(".nos-cluster")
+    row = cluster.locator(".nos-scaled[data-name^='nos/echo@']")
+    expect(row).to_contain_text("1 of 1", timeout=60_000)
+    live = "() => document.querySelectorAll(\".nos-w[data-state='live']\").length === 3"
     page.wait_for_function(live)
     first.stop()
     page.wait_for_function(live.replace("live", "lost"))
@@ -198,12 +240,20 @@ def test_a_backend_that_dies_is_said_and_found_again(
     panel.locator(".nos-area").fill("hello")
     panel.get_by_role("button", name="Run the model").click()
     expect(panel.locator(".nos-error")).to_contain_text("backend")
+    row.get_by_role("button", name="set").click()
+    expect(cluster.locator(".nos-error")).to_contain_text("backend unreachable")
+    opened.shoot(".nos-cluster", "cluster-panel-lost")
     again = start_server(tmp_path, "--port", port)
     try:
         page.wait_for_function(live)
         panel.get_by_role("button", name="Try again").click()
         expect(panel.locator(".nos-result")).to_contain_text("hello", timeout=60_000)
+        cluster.get_by_role("button", name="Try again").click()
+        expect(cluster.locator(".nos-error")).to_have_count(0, timeout=60_000)
+        expect(row).to_contain_text("1 of 1", timeout=60_000)
     finally:
+        # The next test begins with a kernel that uses the run's server again.
+        opened.renew()
         again.stop()
 
 
@@ -217,9 +267,19 @@ def test_the_cluster_is_shown_and_scaled(
     row = panel.locator(".nos-scaled[data-name^='nos/echo@']")
     expect(row).to_contain_text("1 of 1", timeout=60_000)
     expect(panel.locator(".nos-worker")).to_have_count(len(client.status().workers))
+    row.get_by_label("at least").fill("3")
+    row.get_by_label("at most").fill("2")
+    row.get_by_role("button", name="set").click()
+    error = panel.locator(".nos-error")
+    expect(error).to_contain_text("at least 3", timeout=60_000)
+    error.get_by_role("button", name="Try again").click()
+    expect(error).to_contain_text("at least 3", timeout=60_000)
+    # The fields show what is in force again.
+    expect(row.get_by_label("at least")).to_have_value("1", timeout=60_000)
     row.get_by_label("at least").fill("2")
     row.get_by_label("at most").fill("2")
     row.get_by_role("button", name="set").click()
+    expect(error).to_have_count(0, timeout=60_000)
     expect(row).to_contain_text("1 of 2", timeout=60_000)
     expect(row).to_contain_text("every worker that could has a replica already")
     scaling = client.info("nos/echo").scaling
@@ -232,11 +292,50 @@ def test_the_cluster_is_shown_and_scaled(
 
 
 def test_keys_typed_into_a_widget_stay_there(jupyter_lab: Jupyter, opened: Lab) -> None:
-    opened.start(jupyter_lab, "typed.ipynb", [LOAD, "%nos panel nos/echo", "%nos browse"])
+    cells = [LOAD, "%nos panel nos/echo", "%nos browse", "%nos mem --watch"]
+    opened.start(jupyter_lab, "typed.ipynb", cells)
     page = opened.page
+    page.wait_for_selector(".nos-mem .nos-device")
     before = page.locator(".jp-Cell").count()
-    for selector in (".nos-panel .nos-button", ".nos-panel .nos-area", ".nos-search"):
+    buttons = (".nos-panel .nos-button", ".nos-mem .nos-button", ".nos-chart")
+    for selector in (*buttons, ".nos-panel .nos-area", ".nos-search"):
         page.locator(selector).first.focus()
         page.keyboard.press("b")
     assert page.locator(".jp-Cell").count() == before
     assert page.locator(".nos-panel .nos-area").input_value() == "b"
+    assert page.locator(".nos-chart").get_attribute("aria-label")
+
+
+@pytest.mark.accept("G2")
+def test_what_a_model_found_is_drawn_over_the_picture_and_recorded(
+    jupyter_lab: Jupyter, opened: Lab, client: nos.Client
+) -> None:
+    cells = [LOAD, FINDER, "%nos panel me/finder", "%nos stream me/finder"]
+    opened.start(jupyter_lab, "finds.ipynb", cells)
+    page = opened.page
+    panel = page.locator(".nos-panel")
+    panel.get_by_role("button", name="Draw the image by hand").click()
+    panel.get_by_role("button", name="Run the model").click()
+    drawn = panel.locator(".nos-result canvas")
+    drawn.wait_for()
+    assert drawn.get_attribute("data-found") == "1"
+    assert drawn.get_attribute("aria-label") == "1 found: all of it"
+    assert drawn.evaluate(PIXEL, [100, 40]) == [76, 141, 214]
+    white, tinted = (drawn.evaluate(PIXEL, [100, y]) for y in (80, 200))
+    assert white == [255, 255, 255]
+    assert tinted[0] < tinted[2] < 255
+    opened.shoot(".nos-panel", "inference-panel-found")
+
+    player = page.locator(".nos-player")
+    player.get_by_role("button", name="Play the camera").click()
+    screen = player.locator(".nos-screen[data-found='1']")
+    screen.wait_for()
+    player.get_by_role("button", name="Record what is shown").click()
+    enough = "(count) => Number(document.querySelector('.nos-player').dataset.shown) > count"
+    page.wait_for_function(enough, arg=int(player.get_attribute("data-shown") or 0) + 15)
+    with page.expect_download() as download:
+        player.get_by_role("button", name="End the recording and save it").click()
+    assert download.value.suggested_filename == "me-finder.webm"
+    assert Path(download.value.path()).stat().st_size > 1000
+    player.get_by_role("button", name="Stop playing").click()
+    client.unregister("me/finder")

@@ -8,7 +8,7 @@ from nbconvert import HTMLExporter, MarkdownExporter
 from playwright.sync_api import expect
 
 from tests.browser.lab import Jupyter
-from tests.browser.page import Lab
+from tests.browser.page import Lab, write_notebook
 from tests.browser.test_panels import stroke
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -25,7 +25,10 @@ CELLS = [
 def test_results_and_the_last_state_of_widgets_outlive_the_kernel(
     jupyter_lab: Jupyter, opened: Lab
 ) -> None:
-    opened.start(jupyter_lab, "saved.ipynb", CELLS)
+    write_notebook(jupyter_lab, "saved.ipynb", CELLS)
+    opened.open(jupyter_lab, "saved.ipynb")
+    for _ in CELLS:
+        opened.run_next()
     page = opened.page
     page.locator(".nos-scores").or_(page.locator(".nos-pad")).first.wait_for()
     stroke(opened, page.locator(".nos-pad"), [(0.5, 0.1), (0.5, 0.9)])

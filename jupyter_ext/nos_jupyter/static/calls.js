@@ -165,7 +165,10 @@ export class Calls {
   /** @param {any} message @param {DataView[]} buffers */
   take(message, buffers) {
     if (message.id !== this.call || this.call === null) return;
-    if (message.type === "result") showResult(this.place, message.view, buffers[0]);
+    if (message.type === "result") {
+      const picture = [...this.inputs.values()].map((input) => input.picture?.()).find(Boolean);
+      showResult(this.place, message.view, buffers[0], picture);
+    }
     if (message.type === "item") {
       if (this.isFirst) {
         release(this.place);

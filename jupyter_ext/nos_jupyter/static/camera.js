@@ -52,6 +52,41 @@ export function closeVideo(video) {
   video.srcObject = null;
 }
 
+const QUALITY = 0.85;
+const WORK = `onmessage = async ({ data: { bitmap, quality } }) => {
+  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  bitmap.close();
+  postMessage(await canvas.convertToBlob({ type: "image/jpeg", quality }));
+};`;
+
+/** Encodes frames as JPEG in a thread of its own, in order: a page encodes only while it is idle. */
+export class Encoder {
+  constructor() {
+    /** What takes the next picture. @type {((blob: Blob) => void)[]} */ this.waiting = [];
+    const code = URL.createObjectURL(new Blob([WORK], { type: "text/javascript" }));
+    this.worker = new Worker(code);
+    URL.revokeObjectURL(code);
+    this.worker.onmessage = ({ data }) => this.waiting.shift()?.(data);
+  }
+
+  /** @param {HTMLVideoElement} video @param {number} most  the longest side @returns {Promise<Blob>} */
+  async encode(video, most) {
+    const { videoWidth: width, videoHeight: height } = video;
+    const scale = Math.min(1, most / Math.max(width, height, 1));
+    const size = scale < 1 ? { resizeWidth: Math.round(width * scale), resizeHeight: Math.round(height * scale) } : {};
+    const bitmap = await createImageBitmap(video, size);
+    return new Promise((resolve) => {
+      this.waiting.push(resolve);
+      this.worker.postMessage({ bitmap, quality: QUALITY }, [bitmap]);
+    });
+  }
+
+  close() {
+    this.worker.terminate();
+  }
+}
+
 /** Encodes what a video or canvas shows. @param {HTMLVideoElement | HTMLCanvasElement} from @param {HTMLCanvasElement} canvas  scratch @param {string} type @param {number} most  the longest side @returns {Promise<Blob>} */
 export async function encode(from, canvas, type = "image/jpeg", most = 4096) {
   const width = "videoWidth" in from ? from.videoWidth : from.width;
@@ -61,6 +96,6 @@ export async function encode(from, canvas, type = "image/jpeg", most = 4096) {
   canvas.height = Math.max(1, Math.round(height * scale));
   canvas.getContext("2d")?.drawImage(from, 0, 0, canvas.width, canvas.height);
   return new Promise((resolve, reject) => {
-    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("the picture could not be encoded"))), type, 0.85);
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("the picture could not be encoded"))), type, QUALITY);
   });
 }

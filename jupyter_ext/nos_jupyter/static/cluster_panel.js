@@ -162,7 +162,8 @@ class View {
     const shown = [...this.events.children].map((node) => node.textContent);
     if (said.join("\n") !== shown.join("\n")) this.events.replaceChildren(...said.map((/** @type {string} */ text) => make("li", "", text)));
     const serving = status.models.reduce((/** @type {number} */ sum, /** @type {any} */ model) => sum + model.num_serving, 0);
-    this.state.show("live", `live · ${status.workers.length} workers, ${serving} replicas`);
+    const counted = (/** @type {number} */ count, /** @type {string} */ what) => `${count} ${what}${count === 1 ? "" : "s"}`;
+    this.state.show("live", `live · ${counted(status.workers.length, "worker")}, ${counted(serving, "replica")}`);
   }
 
   /** @param {Map<string, any>} rows @param {any} body @param {any[]} items @param {(name: string) => any} create */

@@ -1,10 +1,12 @@
 // @ts-check
 // MemoryProfile: device bytes by model over time, stacked on one canvas per device.
 //
-// Messages from the kernel: history {samples, marks}, sample {sample}, mark {mark}, state {name, sentence}.
-// Messages to the kernel: hello (this page wants the history), alive (this page still shows the widget).
+// Messages from the kernel: history {samples, marks}, sample {sample}, mark {mark}, state {name, sentence},
+// and those of `breakdown.js`.
+// Messages to the kernel: hello (this page wants the history), alive (this page still shows the widget), profile {model}.
 
 import { StateLine, button, formatBytes, keepAlive, make, onLook, suppressShortcuts } from "./page.js";
+import { Breakdown } from "./breakdown.js";
 
 /** @typedef {[string, number]} Part  a model's name and its bytes */
 /** @typedef {{worker: string, name: string, product: string, capacity: number, used: number, models: Part[]}} Device */
@@ -148,7 +150,10 @@ class Panel {
         const swatch = make("span", "nos-swatch");
         swatch.style.background = this.view.store.colors.get(model) ?? OTHER_COLOR;
         swatch.setAttribute("aria-hidden", "true");
-        item.append(swatch, make("span", "nos-part-name", model), make("span", "nos-faint", formatBytes(bytes)));
+        const ask = () => this.view.breakdown.ask(model);
+        const name = model === OTHER ? make("span", "", model) : button(model, `What ${model} needs`, ask);
+        name.classList.add("nos-part-name");
+        item.append(swatch, name, make("span", "nos-faint", formatBytes(bytes)));
         return item;
       }),
     );
@@ -351,7 +356,8 @@ class View {
     this.root.setAttribute("aria-label", "Device memory by model");
     this.state = new StateLine(this.root);
     this.devices = make("div", "nos-devices");
-    this.root.append(this.#toolbar(), this.devices, this.state.line);
+    this.breakdown = new Breakdown((name) => model.send({ type: "profile", model: name }));
+    this.root.append(this.#toolbar(), this.devices, this.breakdown.root, this.state.line);
     el.append(this.root);
   }
 
@@ -418,7 +424,11 @@ export default () => {
       /** @param {any} message */
       const take = (message) => {
         store.take(message);
-        views.forEach((view) => (message.type === "state" ? view.drawState() : view.draw()));
+        for (const view of views) {
+          if (message.type === "profile" || message.type === "unprofiled") view.breakdown.take(message);
+          else if (message.type === "state") view.drawState();
+          else view.draw();
+        }
       };
       model.on("msg:custom", take);
       return () => model.off("msg:custom", take);

@@ -15,15 +15,17 @@ class Row {
   constructor(view) {
     this.view = view;
     this.root = make("tr", "nos-model");
-    this.name = make("td", "nos-model-name");
+    this.name = make("div", "nos-model-name");
+    this.about = make("div", "nos-faint nos-model-about");
+    const what = make("td", "");
+    what.append(this.name, this.about);
     this.state = make("td", "nos-model-state");
     this.bytes = make("td", "nos-model-bytes");
-    this.about = make("td", "nos-faint nos-model-about");
     this.move = button("Load", "", () => this.view.move(this));
     this.open = button("Open", "", () => this.view.open(this.model.name));
     const acts = make("td", "nos-model-acts");
     acts.append(this.move, this.open);
-    this.root.append(this.name, this.state, this.bytes, this.about, acts);
+    this.root.append(what, this.state, this.bytes, acts);
     /** What it is doing: `load`, `unload` or nothing. */ this.act = "";
   }
 
@@ -39,7 +41,6 @@ class Row {
     this.state.title = model.error || model.devices.join(", ");
     this.bytes.textContent = model.device_bytes ? formatBytes(model.device_bytes) : model.host_bytes ? formatBytes(model.host_bytes) : "";
     this.about.textContent = model.error || model.doc;
-    this.about.title = model.error || model.doc;
     const busy = this.act ? `${this.act === "load" ? "loading" : "unloading"}…` : "";
     this.move.textContent = busy || (isThere ? "Unload" : "Load");
     this.move.disabled = Boolean(busy) || model.state === "loading";
@@ -70,7 +71,7 @@ class View {
     bar.append(make("span", "nos-title", "Models"), make("span", "nos-space"), this.search, only);
     const table = make("table", "nos-models");
     const head = table.createTHead().insertRow();
-    for (const name of ["model", "state", "memory", "about", ""]) head.append(make("th", "", name));
+    for (const name of ["model", "state", "memory", ""]) head.append(make("th", "", name));
     this.body = table.createTBody();
     const scroll = make("div", "nos-scroll");
     scroll.append(table);

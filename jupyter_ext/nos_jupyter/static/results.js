@@ -4,16 +4,20 @@
 import { make } from "./page.js";
 
 const MAX_BARS = 12;
+const MARKERS = ["#4c8dd6", "#e08a3c", "#3fa37c", "#c05fa0", "#8f7fd8", "#c9a227", "#4fb3bf", "#d65c5c"];
+const MASK_ALPHA = 110;
 
-/** Draws a value, in place of what was there. @param {HTMLElement} place @param {any} view @param {DataView | undefined} data */
-export function showResult(place, view, data) {
+/** @typedef {HTMLCanvasElement | ImageBitmap | null} Picture */
+
+/** Draws a value, in place of what was there. @param {HTMLElement} place @param {any} view @param {DataView | undefined} data @param {Picture} [picture]  in which boxes and masks lie */
+export function showResult(place, view, data, picture = null) {
   if (view.kind === "text" && place.firstElementChild?.className === "nos-text") {
     place.firstElementChild.textContent = view.text;
     return;
   }
   if (view.kind === "scores" && /** @type {any} */ (place.firstElementChild)?.update?.(view)) return;
   release(place);
-  place.replaceChildren(draw(view, data));
+  place.replaceChildren(draw(view, data, picture));
 }
 
 /** Adds an item of a generator: text is appended to the text before. @param {HTMLElement} place @param {any} view @param {DataView | undefined} data */
@@ -26,12 +30,14 @@ export function addItem(place, view, data) {
 
 /** Gives back what pictures hold. @param {HTMLElement} place */
 export function release(place) {
-  place.querySelectorAll("img").forEach((image) => URL.revokeObjectURL(image.src));
+  place.querySelectorAll("img, audio").forEach((/** @type {any} */ node) => URL.revokeObjectURL(node.src));
 }
 
-/** @param {any} view @param {DataView | undefined} data @returns {HTMLElement} */
-function draw(view, data) {
+/** @param {any} view @param {DataView | undefined} data @param {Picture} [picture] @returns {HTMLElement} */
+function draw(view, data, picture = null) {
   if (view.kind === "image") return drawFile(view, data);
+  if (view.kind === "audio") return drawSound(view, data);
+  if (view.kind === "overlay") return drawOverlay(make("canvas", "nos-picture"), view, bytesOf(data), picture);
   if (view.kind === "pixels") return drawPixels(make("canvas", "nos-picture"), view.shape, bytesOf(data));
   if (view.kind === "scores") return drawScores(view);
   if (view.kind === "table") return drawTable(view);
@@ -55,11 +61,76 @@ function drawFile(view, data) {
   return image;
 }
 
+/** @param {any} view @param {DataView | undefined} data */
+function drawSound(view, data) {
+  const player = make("audio", "nos-sound");
+  player.controls = true;
+  player.setAttribute("aria-label", "The sound that came out");
+  player.src = URL.createObjectURL(new Blob([bytesOf(data)], { type: view.mime_type }));
+  return player;
+}
+
+/** Draws what was found over the picture that it was found in, or on nothing. @param {HTMLCanvasElement} canvas @param {any} view @param {Uint8Array} masks @param {Picture} picture */
+export function drawOverlay(canvas, view, masks, picture) {
+  const [, tall, wide] = view.masks;
+  const ends = view.boxes.flatMap((/** @type {number[]} */ box) => [[box[2], box[3]]]);
+  const width = picture?.width || wide || Math.ceil(Math.max(1, ...ends.map((/** @type {number[]} */ end) => end[0])));
+  const height = picture?.height || tall || Math.ceil(Math.max(1, ...ends.map((/** @type {number[]} */ end) => end[1])));
+  resize(canvas, width, height);
+  canvas.dataset.found = String(Math.max(view.boxes.length, view.masks[0]));
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `${canvas.dataset.found} found: ${view.labels.join(", ")}`);
+  const pen = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  pen.clearRect(0, 0, width, height);
+  if (picture) pen.drawImage(picture, 0, 0);
+  if (masks.length) pen.drawImage(tinted(view.masks, masks), 0, 0, width, height);
+  const unit = Math.max(1, width / 320);
+  pen.lineWidth = 2 * unit;
+  pen.font = `${Math.round(11 * unit)}px sans-serif`;
+  pen.textBaseline = "top";
+  view.boxes.forEach((/** @type {number[]} */ [left, top, right, bottom], /** @type {number} */ at) => {
+    const color = MARKERS[at % MARKERS.length];
+    pen.strokeStyle = color;
+    pen.strokeRect(left, top, right - left, bottom - top);
+    const score = view.scores[at];
+    const text = [view.labels[at], typeof score === "number" ? score.toFixed(2) : ""].filter(Boolean).join(" ");
+    if (!text) return;
+    const tag = 15 * unit;
+    const above = Math.max(0, top - tag);
+    pen.fillStyle = color;
+    pen.fillRect(left - unit, above, pen.measureText(text).width + 8 * unit, tag);
+    pen.fillStyle = "#fff";
+    pen.fillText(text, left + 3 * unit, above + 2 * unit);
+  });
+  return canvas;
+}
+
+/** Setting a size clears a canvas, and costs even where nothing changes. @param {HTMLCanvasElement} canvas @param {number} width @param {number} height */
+function resize(canvas, width, height) {
+  if (canvas.width !== width) canvas.width = width;
+  if (canvas.height !== height) canvas.height = height;
+}
+
+/** Masks as one picture, each in its colour. @param {number[]} shape @param {Uint8Array} masks */
+function tinted([count, height, width], masks) {
+  const canvas = document.createElement("canvas");
+  canvas.width = width;
+  canvas.height = height;
+  const image = new ImageData(width, height);
+  const words = new Uint32Array(image.data.buffer);
+  for (let index = 0, from = 0; index < count; index++) {
+    const color = parseInt(MARKERS[index % MARKERS.length].slice(1), 16);
+    const word = ((MASK_ALPHA << 24) | ((color & 0xff) << 16) | (color & 0xff00) | (color >> 16)) >>> 0;
+    for (let at = 0; at < words.length; at++, from++) if (masks[from]) words[at] = word;
+  }
+  canvas.getContext("2d")?.putImageData(image, 0, 0);
+  return canvas;
+}
+
 /** Draws rows of pixels of 1, 3 or 4 channels. @param {HTMLCanvasElement} canvas @param {number[]} shape @param {Uint8Array} bytes */
 export function drawPixels(canvas, shape, bytes) {
   const [height, width, channels = 1] = shape;
-  if (canvas.width !== width) canvas.width = width;
-  if (canvas.height !== height) canvas.height = height;
+  resize(canvas, width, height);
   const image = new ImageData(width, height);
   const words = new Uint32Array(image.data.buffer);
   if (channels === 1) for (let at = 0; at < words.length; at++) words[at] = 0xff000000 | (bytes[at] * 0x10101);

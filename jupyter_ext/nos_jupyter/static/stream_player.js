@@ -7,16 +7,19 @@
 // Messages to the kernel: begin, end, frame {seq} and a buffer, ack {seq}, still {text} and a JPEG.
 
 import { StateLine, button, errorBox, live, make } from "./page.js";
-import { closeVideo, encode, openCamera, openFile } from "./camera.js";
-import { drawPixels, release, showResult } from "./results.js";
+import { Encoder, closeVideo, encode, openCamera, openFile } from "./camera.js";
+import { drawOverlay, drawPixels, release, showResult } from "./results.js";
 
 const ROUTE = "nos/api/v1";
-// Frames without an answer: two at the server, one on each way.
-const MAX_IN_FLIGHT = 4;
+// Frames without an answer: one that is encoded, two at the server, one on each way.
+const MAX_IN_FLIGHT = 5;
+const MAX_SIDE = 1280;
 const ACK_EVERY = 8;
 const KEPT = 60;
 const SAY_MS = 500;
 const GIVE_UP_MS = 3000;
+const RECORDED_FPS = 30;
+const RECORDED_TYPE = "video/webm";
 
 /** Where the Jupyter server is; null on a page that is not its own. */
 function server() {
@@ -100,7 +103,7 @@ class View {
     /** @type {any} */ this.player = null;
     /** @type {Socket | Comm | null} */ this.road = null;
     /** @type {HTMLVideoElement | null} */ this.video = null;
-    this.scratch = document.createElement("canvas");
+    /** Encodes the frames of the page; null before the first. @type {Encoder | null} */ this.encoder = null;
     this.root = make("div", "nos-w nos-player");
     this.root.setAttribute("role", "group");
     this.root.setAttribute("aria-label", "Live frames through a model");
@@ -118,8 +121,11 @@ class View {
     this.kernel = button("Play", "Play the frames of the notebook", () => this.play(null));
     this.stopper = button("Stop", "Stop playing", () => this.stop());
     this.snapshot = button("Snapshot", "Save the picture that is shown", () => this.#save());
+    this.recorder = button("Record", "Record what is shown", () => this.#record());
+    this.recorder.hidden = !window.MediaRecorder;
+    /** What records now; null while nothing does. @type {MediaRecorder | null} */ this.recording = null;
     const bar = make("div", "nos-toolbar");
-    bar.append(this.title, this.way, make("span", "nos-space"), this.camera, this.file, this.kernel, this.stopper, this.snapshot, this.picker);
+    bar.append(this.title, this.way, make("span", "nos-space"), this.camera, this.file, this.kernel, this.stopper, this.snapshot, this.recorder, this.picker);
     this.screen = make("canvas", "nos-screen");
     this.screen.setAttribute("role", "img");
     this.screen.setAttribute("aria-label", "What the model makes of the frames");
@@ -141,7 +147,7 @@ class View {
     this.seq = 0;
     this.num_shown = 0;
     this.num_dropped = 0;
-    /** When each frame without an answer was sent. @type {Map<number, number>} */ this.sent = new Map();
+    /** When each frame without an answer was sent, and its picture once encoded. @type {Map<number, {began: number, blob: Blob | null}>} */ this.sent = new Map();
     /** @type {number[]} */ this.shown = [];
     /** @type {number[]} */ this.latencies = [];
   }
@@ -154,6 +160,7 @@ class View {
     for (const node of [this.camera, this.file, this.kernel]) node.disabled = isPlaying || !this.player;
     this.stopper.disabled = !isPlaying;
     this.snapshot.disabled = !this.num_shown;
+    this.recorder.disabled = !isPlaying || !this.num_shown;
     this.root.dataset.playing = String(isPlaying);
   }
 
@@ -184,14 +191,14 @@ class View {
   #pump(video) {
     const interval = 1000 / this.player.fps;
     let due = performance.now();
-    const step = async () => {
+    const step = () => {
       if (this.video !== video) return;
       const now = performance.now();
       if (now >= due - 4) {
         due = Math.max(due + interval, now - interval);
         this.#forget(now);
         if (this.sent.size >= MAX_IN_FLIGHT) this.num_dropped++;
-        else await this.#send(video);
+        else this.#send(video);
       }
       if (this.video === video) setTimeout(step, Math.max(0, due - performance.now()));
     };
@@ -200,7 +207,7 @@ class View {
 
   /** Gives up on frames without an answer, so that none holds up those that follow. @param {number} now */
   #forget(now) {
-    for (const [seq, began] of this.sent) {
+    for (const [seq, { began }] of this.sent) {
       if (now - began < GIVE_UP_MS) return;
       this.sent.delete(seq);
       this.num_dropped++;
@@ -209,35 +216,45 @@ class View {
 
   /** @param {HTMLVideoElement} video */
   async #send(video) {
-    const blob = await encode(video, this.scratch, "image/jpeg", 1280);
-    const payload = await blob.arrayBuffer();
-    if (this.video !== video) return;
     const seq = ++this.seq;
-    this.sent.set(seq, performance.now());
-    this.road?.send({ seq }, payload);
+    /** @type {{began: number, blob: Blob | null}} */ const frame = { began: performance.now(), blob: null };
+    this.sent.set(seq, frame);
+    this.encoder ??= new Encoder();
+    frame.blob = await this.encoder.encode(video, MAX_SIDE);
+    const payload = await frame.blob.arrayBuffer();
+    if (this.video === video) this.road?.send({ seq }, payload);
   }
 
   /** @param {any} header @param {DataView} data */
   #show(header, data) {
     const { seq, view, failure } = header;
     if (failure) this.wrong.replaceChildren(errorBox(failure.name, failure.sentence, null, failure.traceback));
-    const began = this.sent.get(seq);
+    const sent = this.sent.get(seq);
     this.sent.delete(seq);
     if (header.dropped) this.num_dropped++;
     if (!view || !this.isPlaying) return;
     if (seq % ACK_EVERY === 0 && this.player.source === "kernel") this.post.send({ type: "ack", seq });
-    const isPixels = view.kind === "pixels";
-    this.screen.hidden = !isPixels;
-    this.place.hidden = isPixels;
-    if (isPixels) drawPixels(this.screen, view.shape, new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
+    const isPicture = view.kind === "pixels" || view.kind === "overlay";
+    this.screen.hidden = !isPicture;
+    this.place.hidden = isPicture;
+    const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+    if (view.kind === "pixels") drawPixels(this.screen, view.shape, bytes);
+    else if (view.kind === "overlay") this.#overlay(view, bytes, sent?.blob);
     else showResult(this.place, view, data);
     const now = performance.now();
     this.num_shown++;
     this.shown.push(now);
     this.shown.splice(0, this.shown.length - KEPT);
-    this.latencies.push(began === undefined ? header.server_s * 1e3 : now - began);
+    this.latencies.push(sent ? now - sent.began : header.server_s * 1e3);
     this.latencies.splice(0, this.latencies.length - KEPT);
     if (this.num_shown === 1) this.#enable();
+  }
+
+  /** Draws what was found over the frame that it was found in. @param {any} view @param {Uint8Array} masks @param {Blob | null | undefined} blob */
+  async #overlay(view, masks, blob) {
+    const picture = blob ? await createImageBitmap(blob) : null;
+    drawOverlay(this.screen, view, masks, picture);
+    picture?.close();
   }
 
   #say() {
@@ -251,10 +268,43 @@ class View {
   }
 
   #save() {
+    this.#hand("png", this.screen.toDataURL("image/png"));
+  }
+
+  /** Gives a file to the user. @param {string} ending @param {string} url */
+  #hand(ending, url) {
     const link = document.createElement("a");
-    link.download = `${this.player.model.replaceAll("/", "-")}.png`;
-    link.href = this.screen.toDataURL("image/png");
+    link.download = `${this.player.model.replaceAll("/", "-")}.${ending}`;
+    link.href = url;
     link.click();
+  }
+
+  /** Starts to record what is shown, or ends it and gives the file. */
+  #record() {
+    if (this.recording) {
+      this.recording.stop();
+      return;
+    }
+    /** @type {Blob[]} */ const pieces = [];
+    const options = MediaRecorder.isTypeSupported(RECORDED_TYPE) ? { mimeType: RECORDED_TYPE } : {};
+    const recording = new MediaRecorder(this.screen.captureStream(RECORDED_FPS), options);
+    recording.ondataavailable = ({ data }) => pieces.push(data);
+    recording.onstop = () => {
+      this.recording = null;
+      this.#sayRecording();
+      const url = URL.createObjectURL(new Blob(pieces, { type: recording.mimeType }));
+      this.#hand(recording.mimeType.startsWith(RECORDED_TYPE) ? "webm" : "mp4", url);
+      setTimeout(() => URL.revokeObjectURL(url), 60000);
+    };
+    recording.start();
+    this.recording = recording;
+    this.#sayRecording();
+  }
+
+  #sayRecording() {
+    this.recorder.textContent = this.recording ? "End recording" : "Record";
+    this.recorder.setAttribute("aria-pressed", String(this.recording !== null));
+    this.recorder.setAttribute("aria-label", this.recording ? "End the recording and save it" : "Record what is shown");
   }
 
   /** @param {string} sentence */
@@ -274,6 +324,7 @@ class View {
 
   stop() {
     if (this.isPlaying) this.#keep();
+    this.recording?.stop();
     closeVideo(this.video);
     this.video = null;
     this.road?.close();
@@ -300,6 +351,7 @@ class View {
   close() {
     clearInterval(this.saying);
     this.stop();
+    this.encoder?.close();
     release(this.place);
   }
 }

@@ -32,7 +32,7 @@ class InferencePanel(anywidget.AnyWidget):
         source: The client to use, which stays the caller's; or a function that connects.
     """
 
-    _esm = page.script("page", "camera", "inputs", "results", "calls", "inference_panel")
+    _esm = page.script(*page.FORM, "inference_panel")
     _css = page.style("page", "calls")
 
     def __init__(

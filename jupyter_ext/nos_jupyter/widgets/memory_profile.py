@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import anywidget
 import nos
+from nos.errors import NosError
 
 from nos_jupyter import page
-from nos_jupyter.following import Follower
-from nos_jupyter.memory import History, Mark, Sample
+from nos_jupyter.following import Follower, start_thread
+from nos_jupyter.memory import History, Sample
+from nos_jupyter.rendering import describe
 from nos_jupyter.stills import Still
 from nos_jupyter.views import format_bytes
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 _INTERVAL_S = 0.5
 _FIRST_SAMPLE_S = 1.0
 _STILL_PERIOD_S = 10.0
-_MARKED = frozenset({"loading", "loaded", "unloaded", "failed", "worker-lost", "executor-lost"})
 
 
 class MemoryProfile(anywidget.AnyWidget):
@@ -39,8 +40,8 @@ class MemoryProfile(anywidget.AnyWidget):
             each loss, so that a backend that came back elsewhere is found.
     """
 
-    _esm = page.script("page", "memory_profile")
-    _css = page.style("page", "memory_profile")
+    _esm = page.script("page", "breakdown", "memory_profile")
+    _css = page.style("page", "calls", "memory_profile")
 
     def __init__(self, source: nos.Client | Callable[[], nos.Client] = nos.connect) -> None:
         super().__init__()
@@ -82,21 +83,27 @@ class MemoryProfile(anywidget.AnyWidget):
                 samples = [sample.to_json() for sample in self._history.samples]
                 marks = [mark.to_json() for mark in self._history.marks]
                 self.send({"type": "history", "samples": samples, "marks": marks})
+        elif kind == "profile":
+            start_thread(self._break_down, str(content["model"]), name="nos-profile")
         self._follower.on_page(kind)
 
+    def _break_down(self, model: str) -> None:
+        """Tell pages what a model needs, measured by the backend if it is not known."""
+        try:
+            profile = self._follower.client().profile(model)
+        except NosError as error:
+            self.send({"type": "unprofiled", "model": model, **describe(error)})
+        else:
+            self.send({"type": "profile", "model": model, "profile": profile.to_dict()})
+
     def _on_event(self, event: Event) -> None:
+        with self._lock:
+            for new in self._history.take(event):
+                kind = "sample" if isinstance(new, Sample) else "mark"
+                self.send({"type": kind, kind: new.to_json()})
         if event.status is not None:
-            sample = Sample(event.time_s, event.status.workers)
-            with self._lock:
-                self._history.samples.append(sample)
-                self.send({"type": "sample", "sample": sample.to_json()})
             self._has_sample.set()
             self._still.change()
-        elif event.kind in _MARKED:
-            mark = Mark(event.time_s, event.kind, event.model)
-            with self._lock:
-                self._history.marks.append(mark)
-                self.send({"type": "mark", "mark": mark.to_json()})
 
     def _picture(self) -> MimeBundle:
         with self._lock:

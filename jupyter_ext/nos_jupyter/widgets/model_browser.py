@@ -35,7 +35,7 @@ class ModelBrowser(anywidget.AnyWidget):
         source: The client to use, which stays the caller's; or a function that connects.
     """
 
-    _esm = page.script("page", "camera", "inputs", "results", "calls", "model_browser")
+    _esm = page.script(*page.FORM, "model_browser")
     _css = page.style("page", "calls", "model_browser")
 
     def __init__(self, source: nos.Client | Callable[[], nos.Client] = nos.connect) -> None:

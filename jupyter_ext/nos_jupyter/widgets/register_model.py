@@ -46,7 +46,7 @@ class RegisterModel(anywidget.AnyWidget):
         source: The client to use, which stays the caller's; or a function that connects.
     """
 
-    _esm = page.script("page", "camera", "inputs", "results", "calls", "register_model")
+    _esm = page.script(*page.FORM, "register_model")
     _css = page.style("page", "calls", "register_model")
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from xml.etree import ElementTree
 
-from nos.types import Device, ModelMemory, Worker
+from nos.types import Device, Event, ModelMemory, Status, Worker
 from nos_jupyter.memory import MAX_SAMPLES, History, Mark, Sample
 
 
@@ -28,6 +28,30 @@ def test_only_the_last_samples_are_kept() -> None:
     history.samples.extend(sample(at, 1) for at in range(MAX_SAMPLES + 5))
     assert len(history.samples) == MAX_SAMPLES
     assert history.samples[0].time_s == 5
+
+
+def test_a_model_that_made_room_is_marked_when_it_is_back_and_not_before() -> None:
+    history = History()
+
+    def at(time_s: float, *models: str) -> list[str]:
+        parts = [ModelMemory(model=name, device_bytes=1) for name in models]
+        status = Status(version="", state="ready", workers=sample(time_s, 9, *parts).workers)
+        event = Event(time_s=time_s, kind="status", status=status)
+        return [new.kind for new in history.take(event) if isinstance(new, Mark)]
+
+    assert at(0.0, "a", "b") == []
+    (left,) = history.take(Event(time_s=0.5, kind="evicted", model="a@v1"))
+    assert isinstance(left, Mark)
+    # News of a worker take a moment: it still seems to be there.
+    assert at(1.0, "a", "b") == []
+    assert at(1.5, "b") == []
+    assert at(2.0, "a", "b") == ["reloaded"]
+    assert at(2.5, "a", "b") == []
+    assert [(mark.kind, mark.model) for mark in history.marks] == [
+        ("evicted", "a@v1"),
+        ("reloaded", "a"),
+    ]
+    assert history.take(Event(time_s=3.0, kind="profiled", model="a@v1")) == []
 
 
 def test_the_still_picture_is_well_formed_and_names_each_model() -> None:

@@ -37,6 +37,19 @@ PIXELS = np.zeros((12, 16, 3), np.uint8)
         ([1, [2]], "json"),
         (None, "json"),
         (b"abc", "json"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", "audio"),
+        (b"RIFF\x24\0\0\0AVI LIST", "json"),
+        (b"OggS", "audio"),
+        ({"boxes": np.zeros((2, 4)), "labels": ["a", "b"]}, "overlay"),
+        ({"masks": np.zeros((2, 3, 4), bool), "scores": [0.5, 0.25]}, "overlay"),
+        ({"boxes": np.zeros((2, 4)), "labels": ["a"]}, "json"),
+        ({"boxes": np.full((1, 4), np.nan)}, "json"),
+        ({"boxes": np.zeros((2, 4)), "masks": np.zeros((3, 3, 4), bool)}, "json"),
+        ({"boxes": [[0, 0, 1, 1], [0]]}, "json"),
+        ({"boxes": np.zeros((1000, 4))}, "json"),
+        ({"boxes": []}, "overlay"),
+        ([{"label": "cat", "box": {"xmin": 0, "ymin": 1, "xmax": 2, "ymax": 3}}], "overlay"),
+        ([{"label": "cat", "box": {"xmin": "left", "ymin": 1, "xmax": 2, "ymax": 3}}], "json"),
     ],
 )
 def test_each_value_has_its_form(value: Any, kind: str) -> None:
@@ -47,6 +60,20 @@ def test_pixels_travel_as_rows() -> None:
     rendered = render(PIXELS[:, ::-1])
     assert rendered.view["shape"] == [12, 16, 3]
     assert len(rendered.data) == 12 * 16 * 3
+
+
+def test_what_was_found_travels_as_corners_names_and_pixels() -> None:
+    masks = np.zeros((1, 2, 3), np.uint8)
+    masks[0, 1, 2] = 200
+    rendered = render({"boxes": [[1, 2, 3, 4]], "masks": masks, "labels": [7], "scores": [0.5]})
+    assert rendered.view == {
+        "kind": "overlay",
+        "boxes": [[1.0, 2.0, 3.0, 4.0]],
+        "masks": [1, 2, 3],
+        "labels": ["7"],
+        "scores": [0.5],
+    }
+    assert rendered.data == b"\0\0\0\0\0\1"
 
 
 def test_a_frame_splits_as_it_was_joined() -> None:

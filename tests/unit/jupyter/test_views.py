@@ -56,6 +56,14 @@ def test_numbers_by_name_are_a_table() -> None:
     assert text.splitlines() == ["name   value", "seven  0.987654", "nine   0.01"]
 
 
+def test_sound_is_a_player_and_other_bytes_are_counted() -> None:
+    sound = views.value_bundle(b"RIFF\x24\0\0\0WAVEfmt " + bytes(200))
+    assert sound["text/plain"] == "audio/wav, 216 bytes"
+    assert sound["text/html"].startswith('<audio controls src="data:audio/wav;base64,')
+    assert views.value_bundle(bytes(3 << 20)) == {"text/plain": "3145728 bytes"}
+    assert views.value_bundle(b"abc") == {"text/plain": "b'abc'"}
+
+
 def test_a_result_says_how_long_it_took() -> None:
     bundle = views.RunResult("nos/echo", "hello", 0.0123)._repr_mimebundle_()
     assert bundle["text/plain"] == "hello\nnos/echo: 12.3 ms"
