@@ -14,6 +14,7 @@ from tests.accept import Accept
 from tests.servers import ROOT, find_weights
 
 
+@pytest.mark.timeout(700)
 @pytest.mark.accept("B7", "B8", "B9")
 @pytest.mark.long
 def test_kills_no_memory_and_churn_lose_no_frame_and_leave_nothing(
