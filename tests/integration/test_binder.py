@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 from tests.accept import Accept
 from tests.browser.lab import isolated
-from tests.servers import ROOT
+from tests.servers import ROOT, find_weights
 
 BINDER = ROOT / "binder"
 DEMO = "examples/01-quickstart.ipynb"
@@ -29,7 +29,8 @@ MAX_BYTES = 2 << 30
 def session(folder: Path) -> Iterator[dict[str, str]]:
     """The environment of one visitor's container; its backend ends behind it."""
     try:
-        yield isolated(folder)
+        # Visitors have the weights from the model hub, which no test needs.
+        yield {**isolated(folder), "NOS_WEIGHTS_DIR": str(find_weights(folder / "weights"))}
     finally:
         nos.stop(state_dir=folder / "nos")
 

@@ -18,7 +18,7 @@ from jupyter_client import BlockingKernelClient, KernelManager
 from nbclient import NotebookClient
 
 from tests.browser.lab import isolated
-from tests.servers import FAKE_MODELS, ROOT, Server, wait_for
+from tests.servers import FAKE_MODELS, ROOT, Server, find_weights, wait_for
 
 REPLY_S = 60.0
 
@@ -122,16 +122,31 @@ NOTEBOOK = [
     "import numpy as np\nimages = np.zeros((3, 8, 8), np.float32)",
     "%nos run nos/digits {images} -o scores",
     "assert scores.shape == (3, 10), scores",
+    "%nos map nos/digits $images -o rows",
+    "assert [row.shape for row in rows] == [(10,)] * 3, rows",
     "%nos info nos/digits",
+    "%nos profile nos/digits",
+    "%nos stream nos/edges",
     "%nos mem",
     ADDER,
     "%nos run me/adder {41} -o answer",
     "assert answer == 42, answer",
+    "%nos scale me/adder 1",
+    "class Twice:\n    def __call__(self, x: int) -> int:\n        print('saw', x)\n        return 2 * x",
+    "%nos register $Twice --name me/twice",
+    "%nos run me/twice {4}",
+    "%nos logs me/twice",
     "%nos unload nos/digits",
     "%nos stop",
     "import sys\nassert 'torch' not in sys.modules",
 ]
 WRONG = "%nos wxyz"
+RAISES = """%%nos model me/x
+class A:
+    def __init__(self):
+        1 / 0
+    def __call__(self) -> int:
+        return 1"""
 EXAMPLES = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
@@ -148,6 +163,7 @@ def test_a_notebook_starts_uses_and_stops_a_backend(tmp_path: Path) -> None:
     said = {cell.source: "".join(map(str, cell.outputs)) for cell in cells}
     assert "ready" in said["%nos status"]
     assert "nos/digits" in said["%nos models"]
+    assert "chosen" in said["%nos profile nos/digits"]
     (wrong,) = cells[-1].outputs
     assert wrong.text.strip() == "UsageError: no command 'wxyz'; %nos help lists the commands"
     assert not list((tmp_path / "nos").rglob("backend.json"))
@@ -157,7 +173,7 @@ def test_a_notebook_starts_uses_and_stops_a_backend(tmp_path: Path) -> None:
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of somebody who runs the examples one after the other, and so one server."""
     folder = tmp_path_factory.mktemp("reader")
-    yield isolated(folder)
+    yield {**isolated(folder), "NOS_WEIGHTS_DIR": str(find_weights(folder / "weights"))}
     nos.stop(state_dir=folder / "nos")
 
 
@@ -203,6 +219,7 @@ def test_what_the_list_of_examples_links_is_there() -> None:
         ("%%nos model me/x\nclass A", "the cell does not compile: line 2"),
         ("%%nos model me/x\na = 1", "the cell defines no class"),
         ("%%nos model me/x\nclass A: pass\nclass B: pass", "--class NAME"),
+        (RAISES, "ZeroDivisionError: division by zero"),
         ("%%nos status\nx", "takes no cell"),
         ("%nos bench nos/echo {1} --concurrency many", "expected numbers as 1,4,16, got 'many'"),
         ("%nos bench nos/echo {1} --concurrency 0", "1 to 1024"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import nos
 import pytest
@@ -70,3 +71,14 @@ def test_no_backend_is_said_and_tried_again(client: nos.Client) -> None:
     wait_for(lambda: len(attempts) > 1, "it tries again")
     assert profile._follower.state == ("lost", "backend unreachable, retrying: no server listens")
     profile.close()
+
+
+def test_a_wrong_token_is_said_and_tried_again(server: Server, tmp_path: Path) -> None:
+    wrong = tmp_path / "token"
+    wrong.write_text("nos_wrong")
+    profile = MemoryProfile(lambda: nos.connect(server.address, token_file=str(wrong)))
+    wait_for(lambda: profile._follower.state[0] == "lost", "it says so")
+    assert profile._follower.state[1].startswith("retrying: ")
+    assert "token" in profile._follower.state[1]
+    profile.close()
+    assert profile._follower.join(30)
