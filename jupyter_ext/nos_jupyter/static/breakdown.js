@@ -15,7 +15,7 @@ export function largest(modules) {
   const needs = (/** @type {Use} */ use) => use.weight_bytes + use.activation_bytes;
   const named = new Set([...modules].sort((one, other) => needs(other) - needs(one)).slice(0, MAX_MODULES));
   const others = modules.filter((use) => !named.has(use));
-  const rest = { path: `${others.length} others`, kind: "", weight_bytes: 0, activation_bytes: 0 };
+  const rest = { path: others.length === 1 ? "1 other" : `${others.length} others`, kind: "", weight_bytes: 0, activation_bytes: 0 };
   for (const use of others) {
     rest.weight_bytes += use.weight_bytes;
     rest.activation_bytes += use.activation_bytes;
