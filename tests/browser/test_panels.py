@@ -241,7 +241,7 @@ def test_a_backend_that_dies_is_said_and_found_again(
     panel.get_by_role("button", name="Run the model").click()
     expect(panel.locator(".nos-error")).to_contain_text("backend")
     row.get_by_role("button", name="set").click()
-    expect(cluster.locator(".nos-error")).to_contain_text("backend unreachable")
+    expect(cluster.locator(".nos-error")).to_contain_text("UnavailableError")
     opened.shoot(".nos-cluster", "cluster-panel-lost")
     again = start_server(tmp_path, "--port", port)
     try:

@@ -55,8 +55,7 @@ export function closeVideo(video) {
 const QUALITY = 0.85;
 const WORK = `onmessage = async ({ data: { bitmap, quality } }) => {
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-  canvas.getContext("2d").drawImage(bitmap, 0, 0);
-  bitmap.close();
+  canvas.getContext("bitmaprenderer").transferFromImageBitmap(bitmap);
   postMessage(await canvas.convertToBlob({ type: "image/jpeg", quality }));
 };`;
 
