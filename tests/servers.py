@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def start_server(
     folder: Path,
     *flags: str,
     environment: dict[str, str] | None = None,
-    user: int | None = None,
+    through: Sequence[str] = (),
 ) -> Server:
     """Start `nos serve` with its state in `folder` and wait until it is ready.
 
@@ -123,7 +123,7 @@ def start_server(
         folder: A fresh folder.
         flags: Further flags of `nos serve`.
         environment: Added to this process's own.
-        user: Whose process it is; None for this one's. Only root may say it.
+        through: A program, with its arguments, that becomes the server.
 
     Raises:
         AssertionError: If it ends, or is not ready in time.
@@ -133,7 +133,7 @@ def start_server(
     state_dir, log_path = folder / "state", folder / "serve.log"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("NOS_")}
     weights = {"NOS_WEIGHTS_DIR": str(find_weights(folder / "weights")), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "nos_backend", "serve", "--port", "0"]
+    command = [*through, sys.executable, "-m", "nos_backend", "serve", "--port", "0"]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [*command, "--state-dir", str(state_dir), *flags],
@@ -142,9 +142,6 @@ def start_server(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            user=user,
-            group=user,
-            extra_groups=None if user is None else [],
         )
     server = Server(state_dir=state_dir, process=process, log_path=log_path)
 
