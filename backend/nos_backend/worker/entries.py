@@ -75,7 +75,7 @@ class Entry:
     is_bound: bool = False
     #: The most that one of its calls needs on the device beside its weights; 0 while nobody knows.
     activation_bytes: int = 0
-    #: Rows of a batch by what was predicted of it; 0 where nothing was.
+    #: Rows of a batch for which there is memory by what was predicted of it; 0 where all fit.
     predicted_rows: int = 0
     #: When it left the device last, on the loop's clock.
     left_s: float = 0.0

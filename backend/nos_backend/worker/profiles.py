@@ -382,8 +382,8 @@ class Profiles:
             room_bytes: What the device has beside its weights.
 
         Returns:
-            The rows that a batch may have for its activations to fit, and the bytes of those; 0 and 0 where
-            nothing is known.
+            The rows that a batch may have for its activations to fit, 0 where all may, and the bytes of the
+            largest; 0 where nothing is known.
         """
         rows, need_bytes = 0, 0
         if self._options is None or entry.scratch is None or not entry.is_movable:
@@ -403,7 +403,7 @@ class Profiles:
                 _logger.info("%s of %s cannot be predicted: %s", method.name, entry.key, error)
                 continue
             fitting = fit.rows_within(room_bytes, sizes[-1])
-            if method.HasField("batching"):
+            if fitting < sizes[-1]:
                 rows = min(rows or fitting, fitting)
             need_bytes = max(need_bytes, fit.at(fitting))
         return rows, need_bytes
