@@ -130,9 +130,9 @@ class Plane:
         """Return what a call of a model carries."""
         return (MODEL_KEY, key.rpartition("@")[0]), (TICKET_KEY, self.ticket(key, **ticket))
 
-    def stream(self, key: str, **ticket: Any) -> Wire:
-        """Open a stream."""
-        return Wire(self.channel, self.metadata(key, **ticket))
+    def stream(self, key: str, *, timeout_s: float = CALL_TIMEOUT_S, **ticket: Any) -> Wire:
+        """Open a stream that may last so long."""
+        return Wire(self.channel, self.metadata(key, **ticket), timeout_s)
 
     def run(self, key: str, method: str, *args: Any, timeout_s: float = 0.0, **kwargs: Any) -> Any:
         """Run one unary call and return its value."""
@@ -193,12 +193,15 @@ class Wire:
     """A stream, message by message, through the generated stub: nothing of the SDK."""
 
     def __init__(
-        self, channel: grpc.Channel, metadata: tuple[tuple[str, str | bytes], ...]
+        self,
+        channel: grpc.Channel,
+        metadata: tuple[tuple[str, str | bytes], ...],
+        timeout_s: float,
     ) -> None:
         self._outgoing: queue.SimpleQueue[inference_pb2.StreamRequest | None] = queue.SimpleQueue()
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         requests = iter(self._outgoing.get, None)
-        self.call = stub.Stream(requests, timeout=CALL_TIMEOUT_S, metadata=metadata)
+        self.call = stub.Stream(requests, timeout=timeout_s, metadata=metadata)
         self._last_seq = 0
 
     def say(self, **fields: Any) -> None:

@@ -32,7 +32,7 @@ FACTORS = {"d3": 3, "d5": 5, "d7": 7}
 
 def wrong_answers(plane: Plane, name: str, number: int, num_frames: int) -> int:
     """Send unique frames by a stream of one's own; return how many answers are not theirs."""
-    stream = plane.stream(f"{name}@v1")
+    stream = plane.stream(f"{name}@v1", timeout_s=600, ttl_s=600)
     rng = np.random.default_rng(number)
     num_wrong = 0
     while num_frames > 0:
