@@ -315,6 +315,8 @@ def _first_error(
         return ConfigError(f"bad {place}: expected {wanted}", name)
     if first["type"] == "string_pattern_mismatch":
         wanted = "auto, cpu, cuda, cuda:N or none"
+    elif first["type"] == "byte_size":
+        wanted = "a number of bytes greater than 0, or a size such as 4GiB"
     return ConfigError(f"bad {place}", name, wanted, repr(first["input"]))
 
 
