@@ -13,6 +13,8 @@ PROTO_ENVIRONMENT := .venv-proto/.stamp
 # Weights that a model would otherwise fetch from its hub: one folder per model name.
 WEIGHTS := build/weights
 ROWS ?=
+# Tests that run at the same time; most of them wait for processes. 0 for one process that you can debug.
+JOBS ?= 2
 SOAK_S ?= 1200
 CHAOS_S ?= 900
 
@@ -47,7 +49,7 @@ demo: $(ENVIRONMENT) $(WEIGHTS) ## Start a server, run three models on real inpu
 	@NOS_WEIGHTS_DIR=$(abspath $(WEIGHTS)) $(PY) examples/demo.py
 
 test: $(ENVIRONMENT) ## Run all tests (ARGS="tests/unit -k wire" for some of them)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest --numprocesses=$(JOBS) --dist=loadgroup $(ARGS)
 
 long: $(ENVIRONMENT) ## Run the tests that `make test` leaves out for their time
 	@$(PY) -m pytest --long -m long $(ARGS)

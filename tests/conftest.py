@@ -11,6 +11,8 @@ pytest_plugins = ["tests.accept", "tests.servers"]
 
 #: Their tests drive processes of several programs on whatever machine there is.
 _OF_PROCESSES = ("integration", "faults", "browser")
+#: Folders whose tests run one after the other in any case.
+_TOGETHER = ("browser", "gpu")
 _HERE = Path(__file__).parent
 
 # Generated examples are the same in every run of `make test`: what is red for one is red for all.
@@ -36,5 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
     for item in items:
-        if item.path.relative_to(_HERE).parts[0] in _OF_PROCESSES:
+        folder, *rest = item.path.relative_to(_HERE).parts
+        if folder in _OF_PROCESSES:
             item.add_marker(pytest.mark.flaky(reruns=1))
+        # Tests that share a server, or the one JupyterLab, stay together.
+        group = folder if folder in _TOGETHER else "/".join((folder, *rest))
+        item.add_marker(pytest.mark.xdist_group(group))
