@@ -1,1 +1,1 @@
-"""A package, so that its one JupyterLab and its browser end with its last test: Playwright's loop runs until then."""
+"""A package: so its JupyterLab and its browser, whose loop runs until then, end with its last test."""
