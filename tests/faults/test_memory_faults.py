@@ -155,6 +155,7 @@ def usage() -> dict[str, float]:
     }
 
 
+@pytest.mark.long  # the soak does so beside other faults
 @pytest.mark.accept("B8")
 def test_loading_and_unloading_leaves_nothing_behind(accept: Accept) -> None:
     """30 models, 20 times; twice in ordinary runs. Their executors come and go with them."""
