@@ -9,7 +9,7 @@
         init: {width: 8}
         device: cpu             # auto, cpu or cuda
         isolation: process      # shared or process
-        env: [einops]           # packages it needs; or a requirements file beside this file
+        env: [einops]           # packages it needs; or a file of them beside this file
         pin: true               # stays on its device
         idle_unload_s: 600      # or leaves it after so long without use; 0: never
         replicas: {min: 0, max: 4}   # by load; or a number
@@ -165,7 +165,7 @@ class _Reader:
         if isinstance(value, str):
             value = self._path.parent / value
         elif not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._wrong(node, "env", "packages, or a requirements file", reprlib.repr(value))
+            raise self._wrong(node, "env", "packages, or a file of them", reprlib.repr(value))
         try:
             return packages(value)
         except InvalidRequestError as error:

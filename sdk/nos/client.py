@@ -303,7 +303,7 @@ class Client:
             device: `auto`, `cpu` or `cuda`.
             isolation: `shared` (with the owner's other models) or `process` (one of its own).
             env: Packages that it needs besides the server's, as in `["einops"]`, or the path of a
-                requirements file; by default what its `@nos.model` says.
+                requirements file or of an `environment.yml` of conda; by default what its `@nos.model` says.
             source_name: Where the source came from, for tracebacks.
             namespace: Where the names are found that a text needs and does not define, for instance
                 `globals()` of a notebook.

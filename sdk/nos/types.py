@@ -222,7 +222,7 @@ class ModelSpec(_Table):
     device: str = "auto"
     isolation: str = "shared"
     environment: tuple[str, ...] = ()
-    """Packages that it needs besides the server's."""
+    """Packages that it needs besides the server's; channels and packages of conda come first."""
     source_sha256: str = ""
     weight_bytes: int = 0
     """Bytes of its weight files; 0 if it has none or they are not known before loading."""

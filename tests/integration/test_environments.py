@@ -1,11 +1,16 @@
-"""Environments of models, built by the real installer from wheels that the test makes."""
+"""Environments of models, built by the real installer from wheels that the test makes.
+
+What stands for a program of conda takes the same arguments, and makes a real environment.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
 import io
+import os
 import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -16,7 +21,7 @@ import nos
 import pytest
 import pytest_asyncio
 from nos.errors import InvalidRequestError, LoadError, ModelError
-from nos_backend.worker.environments import EnvironmentOptions, Environments
+from nos_backend.worker.environments import EnvironmentOptions, Environments, name_of
 
 from tests.accept import Accept
 from tests.servers import start_server
@@ -175,6 +180,90 @@ async def test_what_nobody_wants_any_more_is_deleted(tmp_path: Path, wheels: Pat
     assert not exists(python)
 
 
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+CONDA = f"""#!{sys.executable}
+import argparse, pathlib, subprocess, sys
+parser = argparse.ArgumentParser(allow_abbrev=False)
+parser.add_argument("action", choices=["create"])
+for flag in ("--yes", "--quiet", "--override-channels"):
+    parser.add_argument(flag, action="store_true", required=True)
+parser.add_argument("--channel", action="append", choices=["conda-forge", "nvidia"], required=True)
+parser.add_argument("--prefix", type=pathlib.Path, required=True)
+parser.add_argument("packages", nargs="+")
+options = parser.parse_args()
+here = pathlib.Path(__file__)
+with (here.parent / "calls").open("a") as calls:
+    print(here.name, *options.channel, *options.packages, file=calls)
+python, *packages = options.packages
+assert python == "python={PYTHON}", python
+assert not options.prefix.exists()
+subprocess.run([sys.executable, "-m", "venv", "--without-pip", options.prefix], check=True)
+for package in packages:
+    if package == "missing":
+        sys.exit("nothing provides requested missing")
+    name = package.partition("=")[0]
+    site = options.prefix / "lib" / "python{PYTHON}" / "site-packages"
+    (site / (name + ".py")).write_text(f"WHERE = {{str(options.prefix)!r}}")
+"""
+
+
+@pytest.fixture
+def conda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the PATH with what stands for programs of conda, and their calls."""
+    folder = tmp_path / "conda"
+    folder.mkdir()
+    for name in ("conda", "micromamba"):
+        (folder / name).write_text(CONDA)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+@pytest.mark.asyncio
+async def test_packages_of_conda_are_a_layer_too(
+    environments: Environments, tmp_path: Path, conda: Path
+) -> None:
+    wanted = ["channel:nvidia", "channel:conda-forge", "conda:nosconda=1.0", "nostestdep"]
+    folder = tmp_path / "environments" / name_of(wanted)
+    folder.mkdir(parents=True)
+    (folder / "of-one-that-died").touch()
+    found = await asyncio.gather(*(environments.python(wanted) for _ in range(4)))
+    assert set(found) == {str(folder / "bin" / "python")}
+    calls = (conda / "calls").read_text()
+    assert calls == f"micromamba nvidia conda-forge python={PYTHON} nosconda=1.0\n"
+    assert not exists(folder / "of-one-that-died")
+    seen = "nosconda.WHERE, nostestdep.ANSWER, numpy.ones(2).sum()"
+    assert ask(found[0], f"import nosconda, nostestdep, numpy; print({seen})") == f"{folder} 41 2.0"
+    environments.collect()
+    assert exists(found[0])
+    Environments(EnvironmentOptions(folder=tmp_path / "environments", keep_s=-1)).collect()
+    assert not exists(folder)
+
+
+@pytest.mark.asyncio
+async def test_what_conda_cannot_build_leaves_nothing(
+    environments: Environments, tmp_path: Path, conda: Path
+) -> None:
+    with pytest.raises(LoadError, match=r"(?s)exit code 1.*nothing provides requested missing"):
+        await environments.python(["channel:conda-forge", "conda:missing"])
+    folder = tmp_path / "environments"
+    assert [path for path in folder.iterdir() if path.is_dir()] == []
+    slow = Environments(EnvironmentOptions(folder=folder, build_timeout_s=0))
+    with pytest.raises(LoadError, match="longer than 0 s"):
+        await slow.python(["channel:conda-forge", "conda:nosconda"])
+
+
+@pytest.mark.asyncio
+async def test_a_worker_without_conda_says_what_it_lacks(
+    environments: Environments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        LoadError, match=r"micromamba, mamba or conda on its PATH.*packages of PyPI"
+    ):
+        await environments.python(["channel:conda-forge", "conda:gdal"])
+
+
 MODEL = """
 import nos
 
@@ -190,7 +279,7 @@ class Asks:
 
 
 def test_a_model_runs_with_packages_that_the_server_lacks(
-    tmp_path: Path, wheels: Path, accept: Accept
+    tmp_path: Path, wheels: Path, conda: Path, accept: Accept
 ) -> None:
     with pytest.raises(ImportError):
         importlib.import_module("nostestpkg")
@@ -214,6 +303,15 @@ def test_a_model_runs_with_packages_that_the_server_lacks(
                 client.load("me/broken")
             with pytest.raises(InvalidRequestError, match="no option of an installer"):
                 client.register("def f(): ...", name="me/f", env=["--index-url http://evil"])
+            file = tmp_path / "environment.yml"
+            file.write_text(f"dependencies: [python={PYTHON}, nosconda=1.0, pip: [nostestdep]]")
+            source = "def both(): import nosconda, nostestdep; return nostestdep.ANSWER"
+            registered = client.register(source, name="me/both", env=file)
+            assert registered.spec.environment[:2] == ("channel:conda-forge", "conda:nosconda=1.0")
+            assert client.model("me/both")() == 41
+            file.write_text("dependencies: [python=2.7]")
+            with pytest.raises(InvalidRequestError, match="Python of the server"):
+                client.register(source, name="me/both", env=str(file))
             assert model() == 42
     finally:
         server.stop()

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import mmap
+import operator
 import os
 import pickle
 import resource
@@ -513,7 +514,13 @@ def test_sources_that_mean_harm(source: str) -> None:
 @examples(40)
 @given(
     st.lists(
-        st.sampled_from(["einops==1.*", "-r x", "a @ http://b", "a[b]>1;c"]) | st.text(max_size=30)
+        st.sampled_from(["einops==1.*", "-r x", "a @ http://b", "a[b]>1;c"])
+        | st.builds(
+            operator.add,
+            st.sampled_from(["environment.yml:", "conda:", "conda:python", "channel:"]),
+            st.text(max_size=30) | st.text("[]{}-:,&* \nax=<>0.", max_size=60),
+        )
+        | st.text(max_size=30)
     ),
     st.text(max_size=30) | st.sampled_from(HOSTILE_TEXT),
     st.lists(messages(models_pb2.ModelFile.DESCRIPTOR), max_size=3),

@@ -400,8 +400,8 @@ def _texts(node: ast.expr, where: str) -> list[str]:
         raise InvalidRequestError(
             f"{where}: option env is no list of packages",
             "env",
-            'for instance ["opencv-python-headless==4.*"]; a file of requirements or of conda can be'
-            " given to client.register(env=...)",
+            'for instance ["opencv-python-headless==4.*"] or ["conda:gdal=3.9"]; a file of requirements'
+            " or of conda can be given to client.register(env=...)",
             ast.unparse(node)[:80],
         )
     return [str(text) for text in texts]

@@ -4,7 +4,8 @@ An environment is a layer. Its own packages come first, then the server's torch,
 with what these need, by a .pth file. pip counts those as installed and fetches another only where a
 package asks for one that does not fit; it then lies in the layer, before the server's.
 
-Only wheels are installed, so that no package's code runs while one is built.
+Of PyPI only wheels are installed, so that no package's code runs while one is built. Packages of conda may
+have scripts that do.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nos.errors import LoadError
+from nos.wire.environment import CONDA_CHANNEL, CONDA_PACKAGE
 
 import nos_backend
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ _LOG_LINES: Final = 20
 _POLL_S: Final = 0.1
 _MEASURE_EVERY_S: Final = 2.0
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: Build environments of conda, by the same arguments; the quickest first.
+_CONDA_PROGRAMS: Final = ("micromamba", "mamba", "conda")
 #: Is there once an environment is whole; its time says when it was last wanted.
 _MARK: Final = ".nos-environment"
 
@@ -130,26 +134,35 @@ class Environments:
 
     async def _build(self, folder: Path, requirements: Sequence[str]) -> None:
         started_s = time.monotonic()
-        building = folder.with_suffix(f".{os.getpid()}")
+        is_conda = any(_is_conda(text) for text in requirements)
+        # Packages of conda know the folder that they were installed to, so they stay where they are.
+        building = folder if is_conda else folder.with_suffix(f".{os.getpid()}")
+        packages = [text for text in requirements if not _is_conda(text)]
         try:
-            await self._run(
-                [sys.executable, "-m", "venv", "--without-pip", str(building)], building
-            )
+            if is_conda:
+                command = _conda_command(building, requirements)
+                shutil.rmtree(building, ignore_errors=True)  # of a builder that died
+            else:
+                command = [sys.executable, "-m", "venv", "--without-pip", str(building)]
+            await self._run(command, building)
             paths = {"base": str(building), "platbase": str(building)}
             site = Path(sysconfig.get_path("purelib", "venv", paths))
             (site / "nos-base.pth").write_text(f"{self._base_folder()}\n")
             pip = [sys.executable, "-m", "pip", "--python", str(building / "bin" / "python")]
             options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
             install = ["install", *options, "--no-warn-script-location", "--only-binary", ":all:"]
-            await self._run([*pip, *install, *requirements], building)
+            if packages:
+                await self._run([*pip, *install, *packages], building)
             for name in _BASE:
                 if (site / name).exists():
                     _logger.info("environment %s has a %s of its own", folder.name, name)
             (building / _MARK).write_text("\n".join(requirements) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
-            building.rename(folder)
+            if building != folder:
+                shutil.rmtree(folder, ignore_errors=True)
+                building.rename(folder)
         finally:
-            shutil.rmtree(building, ignore_errors=True)
+            if building != folder or not (folder / _MARK).exists():
+                shutil.rmtree(building, ignore_errors=True)
         _logger.info("built environment %s in %.1f s", folder.name, time.monotonic() - started_s)
 
     async def _run(self, command: list[str], folder: Path) -> None:
@@ -166,7 +179,7 @@ class Environments:
                 stdout=output,
                 stderr=output,
                 process_group=0,
-                env={**os.environ, "PYTHONPATH": "", "PYTHONNOUSERSITE": "1"},
+                env={**_harmless(os.environ), "PYTHONPATH": "", "PYTHONNOUSERSITE": "1"},
             )
         with contextlib.suppress(ProcessLookupError):
             # What is unpacked grows faster than it is measured.
@@ -235,6 +248,44 @@ def size_bytes(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(parent, file)).st_size  # noqa: PTH118 - thousands
     return total
+
+
+def _harmless(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return what an installer may know: its settings are there, ours are none of its business."""
+    return {
+        name: value for name, value in variables.items() if not name.startswith(("DASK_", "NOS_"))
+    }
+
+
+def _is_conda(text: str) -> bool:
+    return text.startswith((CONDA_CHANNEL, CONDA_PACKAGE))
+
+
+def _conda_command(folder: Path, requirements: Sequence[str]) -> list[str]:
+    """Return what installs the packages of conda among these, and our version of Python, to a folder.
+
+    Raises:
+        LoadError: If nothing on the PATH can.
+    """
+    found = next(filter(None, map(shutil.which, _CONDA_PROGRAMS)), None)
+    if found is None:
+        raise LoadError(
+            "the environment has packages of conda, and this worker cannot install those",
+            "env",
+            f"{', '.join(_CONDA_PROGRAMS[:-1])} or {_CONDA_PROGRAMS[-1]} on its PATH",
+            "none",
+            "Install micromamba for the server, or ask for packages of PyPI",
+        )
+    channels = _behind(CONDA_CHANNEL, requirements)
+    packages = _behind(CONDA_PACKAGE, requirements)
+    python = f"python={sys.version_info.major}.{sys.version_info.minor}"
+    options = ["--yes", "--quiet", "--override-channels"]
+    options += [option for channel in channels for option in ("--channel", channel)]
+    return [found, "create", *options, "--prefix", str(folder), python, *packages]
+
+
+def _behind(start: str, texts: Sequence[str]) -> list[str]:
+    return [text.removeprefix(start) for text in texts if text.startswith(start)]
 
 
 def _name(requirement: str) -> str:

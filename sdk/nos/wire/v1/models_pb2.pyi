@@ -406,7 +406,9 @@ class ModelSpec(_message.Message):
 
     @_builtins.property
     def environment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Packages that it needs besides the server's, as PEP 508 writes them, normalized and in order."""
+        """Packages that it needs besides the server's, normalized and in order. First of conda, if any: channels
+        (`channel:conda-forge`), then packages (`conda:gdal=3.9`); then of PyPI, as PEP 508 writes them.
+        """
 
     def __init__(
         self,
@@ -819,7 +821,9 @@ class RegisterModelRequest(_message.Message):
 
     @_builtins.property
     def environment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Packages that it needs besides the server's, as PEP 508 writes them; empty leaves it to the source."""
+        """As in `ModelSpec`, in any order, or `environment.yml:` with the text of a file of conda behind it; empty
+        leaves it to the source.
+        """
 
     @_builtins.property
     def example_arguments(self) -> _containers.RepeatedCompositeFieldContainer[_values_pb2.Argument]:
