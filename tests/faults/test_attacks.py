@@ -160,10 +160,19 @@ def reads_secrets(at: Field) -> Iterator[tuple[str, str]]:
     yield "looks for secrets in its own environment", "nothing there"
 
 
+def executor_of_eve(at: Field) -> psutil.Process:
+    """Return the process that her models run in; others come and go meanwhile."""
+    for each in at.server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if each.name().startswith("nos:eve"):
+                return each
+    raise AssertionError(at.server.log())
+
+
 def forks(at: Field) -> Iterator[tuple[str, str]]:
     yield "forks without end", at.attack("fork")
     daemon = at.attack("daemon")
-    executor = next(each for each in at.server.processes() if each.name().startswith("nos:eve"))
+    executor = executor_of_eve(at)
     executor.kill()
     wait_for(lambda: not is_alive(daemon), "what it left behind ends", 60)
     yield "leaves a process behind", "ends with its executor"
