@@ -78,6 +78,7 @@ def plan_children(
     """
     devices, num_workers = choose_devices(settings)
     port = reserve_port(settings.host, settings.port, "--port")
+    taken = {port}
     children, workers, dashboard_url = [], {}, ""
     comm_host = _LOOPBACK
     if settings.scheduler:
@@ -92,9 +93,9 @@ def plan_children(
         }
     else:
         tls = TlsFiles(run_dir / "tls")
-        scheduler_port = reserve_port(_LOOPBACK, 0, "")
+        scheduler_port = _another_port(taken)
         scheduler = f"tls://{_LOOPBACK}:{scheduler_port}"
-        dashboard_port = _choose_dashboard_port(settings.dashboard_port)
+        dashboard_port = _choose_dashboard_port(settings.dashboard_port, taken)
         dashboard_url = f"http://{_LOOPBACK}:{dashboard_port}/status"
         command = scheduler_command(
             host=_LOOPBACK,
@@ -245,13 +246,21 @@ def _own_address(scheduler: str) -> str:
         ) from error
 
 
-def _choose_dashboard_port(asked: int) -> int:
+def _choose_dashboard_port(asked: int, taken: set[int]) -> int:
     if asked:
         return reserve_port(_LOOPBACK, asked, "--dashboard-port")
     try:
         return reserve_port(_LOOPBACK, _DASHBOARD_PORT, "")
     except ConfigError:
-        return reserve_port(_LOOPBACK, 0, "")
+        return _another_port(taken)
+
+
+def _another_port(taken: set[int]) -> int:
+    """Return a free port that is none of those taken, none of which is listened on yet; it is one then."""
+    while (port := reserve_port(_LOOPBACK, 0, "")) in taken:
+        pass
+    taken.add(port)
+    return port
 
 
 def _gateway_command(

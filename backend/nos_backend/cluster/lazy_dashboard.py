@@ -9,14 +9,18 @@ import asyncio
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
-from tornado.web import RequestHandler
+from tornado.httputil import HTTPMessageDelegate
+from tornado.web import ErrorHandler
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from distributed import Scheduler
-    from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
+    from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine, ResponseStartLine
 
 #: What Dask answers without bokeh, and machines ask for.
 _PLAIN: Final = ("/health", "/metrics", "/json/")
+_NOT_IMPLEMENTED: Final = 501
 
 
 class LazyDashboard:
@@ -33,15 +37,27 @@ class LazyDashboard:
 
     def _find_handler(self, request: HTTPServerRequest, **options: Any) -> HTTPMessageDelegate:
         if request.path.startswith(_PLAIN):
-            found: HTTPMessageDelegate = self._find(request, **options)
-            return found
-        delegate: HTTPMessageDelegate = self._application.get_handler_delegate(
-            request, _FirstPage, {"pages": self}
+            return self.found(request, **options)
+        return _FirstRequest(self, request)
+
+    def found(self, request: HTTPServerRequest, **options: Any) -> HTTPMessageDelegate:
+        """Return what Dask has for a request."""
+        handler: HTTPMessageDelegate = self._find(request, **options)
+        return handler
+
+    def refusal(self, request: HTTPServerRequest) -> HTTPMessageDelegate:
+        """Return what answers where bokeh is not installed."""
+        handler: HTTPMessageDelegate = self._application.get_handler_delegate(
+            request, ErrorHandler, {"status_code": _NOT_IMPLEMENTED}
         )
-        return delegate
+        return handler
 
     async def make(self) -> None:
-        """Make the pages, once; the import runs beside the loop."""
+        """Make the pages, once; the import runs beside the loop.
+
+        Raises:
+            ImportError: If bokeh is not installed.
+        """
         async with self._lock:
             if self._is_made:
                 return
@@ -53,17 +69,37 @@ class LazyDashboard:
             self._is_made = True
 
 
-class _FirstPage(RequestHandler):
-    """Makes the pages and sends the browser to the one that it asked for."""
+class _FirstRequest(HTTPMessageDelegate):
+    """A request that waits until there are pages, and is then handled like any other."""
 
-    def initialize(self, pages: LazyDashboard) -> None:
+    def __init__(self, pages: LazyDashboard, request: HTTPServerRequest) -> None:
         self._pages = pages
+        self._request = request
+        self._head: tuple[RequestStartLine | ResponseStartLine, HTTPHeaders] | None = None
+        self._chunks: list[bytes] = []
+        self._answering: asyncio.Task[None] | None = None
 
-    async def prepare(self) -> None:
+    def headers_received(
+        self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
+    ) -> Awaitable[None] | None:
+        self._head = (start_line, headers)
+        return None
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        self._chunks.append(chunk)
+        return None
+
+    def finish(self) -> None:
+        self._answering = asyncio.get_running_loop().create_task(self._answer())
+
+    async def _answer(self) -> None:
         try:
             await self._pages.make()
+            handler = self._pages.found(self._request)
         except ImportError:
-            self.set_status(501)
-            self.finish("The dashboard needs bokeh: pip install bokeh, and start the server again")
-        else:
-            self.redirect(self.request.uri or "/")
+            handler = self._pages.refusal(self._request)
+        if self._head is not None:
+            handler.headers_received(*self._head)
+        for chunk in self._chunks:
+            handler.data_received(chunk)
+        handler.finish()
