@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import mmap
 import operator
@@ -14,6 +15,7 @@ import resource
 import socket
 import sqlite3
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +24,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nos import _address, _control, _manifest
+from nos import _address, _control, _manifest, _profile, video
 from nos.errors import InternalError, NosError
 from nos.types import Media
 from nos.wire import frames, local, shared, signature, status, values
@@ -44,7 +47,7 @@ from nos_backend.control.requirements import normalize
 from nos_backend.control.sweeping import sweep
 from nos_backend.control.tickets import TicketSigner, TicketVerifier
 from nos_backend.control.tokens import Tokens, make_token
-from nos_backend.executor import images
+from nos_backend.executor import images, loading
 from nos_backend.executor.arena import Arena
 from nos_backend.executor.failures import RefusedError
 from nos_backend.executor.messages import (
@@ -633,6 +636,43 @@ def image_file(kind: str) -> bytes:
 @given(bytes_like(image_file("PNG"), image_file("JPEG")))
 def test_images(raw: bytes) -> None:
     tried(lambda: images.pixels(images.decode(raw, "x")), RefusedError)
+
+
+def video_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "two.mp4"
+        with video.Writer(path) as writer:
+            for level in (0, 200):
+                writer.write(np.full((16, 16, 3), level, np.uint8))
+        return path.read_bytes()
+
+
+@examples(25)
+@given(raw=bytes_like(video_file()))
+def test_videos(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    path = tmp_path_factory.mktemp("video") / "it.mp4"
+    path.write_bytes(raw)
+
+    def read() -> None:
+        with video.Video(path) as source:
+            for _ in itertools.islice(source, 4):
+                pass
+
+    tried(read)
+
+
+@examples(40)
+@given(raw=bytes_like(safetensors.torch.save({"w": torch.ones(2, 3), "b": torch.zeros(0)})))
+def test_weights(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    path = tmp_path_factory.mktemp("weights") / "it.safetensors"
+    path.write_bytes(raw)
+    tried(lambda: loading._read_weights(path), RefusedError)
+
+
+@examples(40)
+@given(messages(models_pb2.GetProfileResponse.DESCRIPTOR).map(lambda it: it.SerializeToString()))
+def test_profiles(raw: bytes) -> None:
+    tried(lambda: str(_profile._to_profile(parsed(models_pb2.GetProfileResponse, raw).profile)))
 
 
 @examples(40)
