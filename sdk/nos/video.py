@@ -84,6 +84,9 @@ class _Source:
             self._container.close()
             raise InvalidRequestError("there are no frames in it", "video", "a video", place)
         stream = self._container.streams.video[0]
+        if stream.codec_context is None:
+            self._container.close()
+            raise InvalidRequestError("nothing here decodes it", "video", "a video", place)
         stream.thread_type = "AUTO"
         #: Frames per second, as the source says.
         self.rate_hz = float(stream.average_rate or stream.base_rate or DEFAULT_RATE_HZ)
