@@ -1,27 +1,33 @@
 // @ts-check
 // The page's camera: asked for on a click only, and said in a sentence when it cannot be had.
 
+/** @type {Record<string, (device: string) => string>} */
 const REFUSALS = {
-  NotAllowedError: "the browser refused the camera: allow it for this page and try again",
-  NotFoundError: "this machine has no camera",
-  NotReadableError: "the camera is in use by another program",
-  OverconstrainedError: "the camera cannot do that size",
+  NotAllowedError: (device) => `the browser refused the ${device}: allow it for this page and try again`,
+  NotFoundError: (device) => `this machine has no ${device}`,
+  NotReadableError: (device) => `the ${device} is in use by another program`,
+  OverconstrainedError: (device) => `the ${device} cannot do that size`,
 };
+
+/** Asks for a device of the page's machine. @param {string} device  its name in sentences @param {MediaStreamConstraints} wanted @returns {Promise<MediaStream>} */
+export async function openDevice(device, wanted) {
+  if (!window.isSecureContext || !navigator.mediaDevices)
+    throw new Error(`browsers give the ${device} to pages of https or localhost only`);
+  try {
+    return await navigator.mediaDevices.getUserMedia(wanted);
+  } catch (error) {
+    throw new Error(REFUSALS[/** @type {Error} */ (error).name]?.(device) ?? `no ${device}: ${error}`);
+  }
+}
 
 /** Opens the camera. @param {{width?: number, height?: number, fps?: number}} wanted @returns {Promise<HTMLVideoElement>} */
 export async function openCamera({ width = 640, height = 480, fps = 30 } = {}) {
-  if (!window.isSecureContext || !navigator.mediaDevices)
-    throw new Error("browsers give the camera to pages of https or localhost only");
+  const size = { width: { ideal: width }, height: { ideal: height }, frameRate: { ideal: fps } };
+  const stream = await openDevice("camera", { video: size });
   const video = document.createElement("video");
   video.muted = true;
   video.playsInline = true;
-  try {
-    const size = { width: { ideal: width }, height: { ideal: height }, frameRate: { ideal: fps } };
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: size });
-  } catch (error) {
-    const name = /** @type {keyof typeof REFUSALS} */ (/** @type {Error} */ (error).name);
-    throw new Error(REFUSALS[name] ?? `no camera: ${error}`);
-  }
+  video.srcObject = stream;
   await video.play();
   return video;
 }

@@ -1,6 +1,8 @@
 // @ts-check
 // The page's microphone, heard as 16 kHz mono: asked for on a click only, and said in a sentence when it cannot be had.
 
+import { openDevice } from "./camera.js";
+
 const RATE_HZ = 16000;
 const MAX_SOUND_S = 600;
 const EAR = `registerProcessor("nos-ear", class extends AudioWorkletProcessor {
@@ -12,15 +14,7 @@ const EAR = `registerProcessor("nos-ear", class extends AudioWorkletProcessor {
 
 /** Begins to listen; returns what ends it and gives a WAV file. @param {(seconds: number) => void} told  hears how long it is already @returns {Promise<() => ArrayBuffer>} */
 export async function openMicrophone(told) {
-  if (!window.isSecureContext || !navigator.mediaDevices) throw new Error("browsers give the microphone to pages of https or localhost only");
-  let stream;
-  try {
-    stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
-  } catch (error) {
-    const { name } = /** @type {Error} */ (error);
-    if (name === "NotAllowedError") throw new Error("the browser refused the microphone: allow it for this page and try again");
-    throw new Error(name === "NotFoundError" ? "this machine has no microphone" : `no microphone: ${error}`);
-  }
+  const stream = await openDevice("microphone", { audio: { channelCount: 1 } });
   const context = new AudioContext({ sampleRate: RATE_HZ });
   const code = URL.createObjectURL(new Blob([EAR], { type: "text/javascript" }));
   await context.audioWorklet.addModule(code);
