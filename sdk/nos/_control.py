@@ -379,9 +379,7 @@ def _choice(choice: values_pb2.Value) -> Any:
 def _kind_name(kind: models_pb2.Type) -> str:
     if kind.kind == models_pb2.TYPE_KIND_UNSPECIFIED:
         return "anything"
-    if kind.kind not in models_pb2.TypeKind.values():
-        return "unknown"
-    return models_pb2.TypeKind.Name(kind.kind).removeprefix("TYPE_KIND_").lower()
+    return values.enum_name(models_pb2.TypeKind, kind.kind, "TYPE_KIND_")
 
 
 def to_info(message: models_pb2.ModelInfo) -> types.ModelInfo:
@@ -514,7 +512,4 @@ def _to_worker(message: cluster_pb2.Worker) -> types.Worker:
 
 
 def _state(number: models_pb2.ModelState.ValueType) -> str:
-    if number not in models_pb2.ModelState.values():
-        return "unknown"
-    name: str = models_pb2.ModelState.Name(number)
-    return name.removeprefix("MODEL_STATE_").lower()
+    return values.enum_name(models_pb2.ModelState, number, "MODEL_STATE_")

@@ -10,6 +10,7 @@ from nos import _tables
 from nos._control import Rpc
 from nos.errors import InvalidRequestError
 from nos.types import _Table
+from nos.wire import values
 from nos.wire.v1 import access_pb2
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _to_info(message: access_pb2.Token) -> TokenInfo:
     return TokenInfo(
         token_id=message.token_id,
         tenant=message.tenant,
-        role=access_pb2.Role.Name(message.role).removeprefix("ROLE_").lower(),
+        role=values.enum_name(access_pb2.Role, message.role, "ROLE_"),
         label=message.label,
         created_s=message.created_s,
         expires_s=message.expires_s,

@@ -251,10 +251,10 @@ def _declared(
 def _series_dtype(returns: models_pb2.Type, split: Split) -> str:
     """Return the dtype of a series of results."""
     scalars = {"integer": "int64", "real": "float64", "flag": "bool"}
-    kind = models_pb2.TypeKind.Name(returns.kind).removeprefix("TYPE_KIND_").lower()
+    kind = values.enum_name(models_pb2.TypeKind, returns.kind, "TYPE_KIND_")
     num_own = 1 if split == "together" else 0
     if kind == "list" and split == "together":
-        kind = models_pb2.TypeKind.Name(returns.item.kind).removeprefix("TYPE_KIND_").lower()
+        kind = values.enum_name(models_pb2.TypeKind, returns.item.kind, "TYPE_KIND_")
     if kind == "tensor" and returns.has_shape and returns.dtype and len(returns.shape) == num_own:
         return values.DTYPE_NAMES[returns.dtype]
     return scalars.get(kind, "object")

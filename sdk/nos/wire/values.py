@@ -19,6 +19,8 @@ from nos.wire.limits import ALIGNMENT_BYTES, FRAME_BYTES, MAX_DEPTH, MAX_RANK
 from nos.wire.v1 import values_pb2
 
 if TYPE_CHECKING:
+    from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
+
     from nos.wire.frames import Buffer
 
 OCTETS: Final = "application/octet-stream"
@@ -234,6 +236,14 @@ def tensor_bytes(tensor: values_pb2.Tensor, where: str) -> int:
 def dtype_name(number: int) -> str:
     """Return a dtype's name, also of one that a newer peer knows."""
     return DTYPE_NAMES.get(number, f"dtype {number}")
+
+
+def enum_name(kind: _EnumTypeWrapper[Any], number: int, prefix: str) -> str:
+    """Return an enum's name without `prefix`, in small letters; `unknown` for a newer peer's."""
+    if number not in kind.values():
+        return "unknown"
+    name: str = kind.Name(number)
+    return name.removeprefix(prefix).lower()
 
 
 def _write_scalar(value: Any, target: values_pb2.Value, where: str) -> bool:
