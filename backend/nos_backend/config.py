@@ -26,9 +26,6 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from nos_backend.definition import LOAD_TIMEOUT_S
-from nos_backend.scheduling.admission import MAX_QUEUED, MAX_QUEUED_BYTES
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -97,11 +94,11 @@ class Settings(BaseSettings):
     """Streams that one worker serves at once; the next is refused. An idle one costs some 80 KiB in all."""
     max_tenant_streams: Annotated[int, Field(ge=0, le=100_000)] = 0
     """Of these, how many one tenant may have; 0 means all."""
-    max_queued: Annotated[int, Field(ge=1)] = MAX_QUEUED
+    max_queued: Annotated[int, Field(ge=1)] = 256
     """Requests of one model that may wait on a worker; the next is refused with a time to come back."""
-    max_queued_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(MAX_QUEUED_BYTES)
+    max_queued_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(512 << 20)
     """Bytes of these; one larger request is taken alone."""
-    load_timeout_s: Annotated[float, Field(gt=0, le=LOAD_TIMEOUT_S)] = LOAD_TIMEOUT_S
+    load_timeout_s: Annotated[float, Field(gt=0, le=300)] = 300.0
     """Seconds that each step of loading a model may take; then it has failed. Clients wait no longer than
     for the default."""
     max_registered: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
