@@ -352,6 +352,26 @@ def test_rows_of_different_lengths_share_a_batch_where_a_model_pads(client: nos.
     assert "length padded" in str(client.info("fake/batch-padded"))
 
 
+def test_pixels_travel_as_they_are_and_are_normalized_where_the_model_runs(
+    client: nos.Client,
+) -> None:
+    model, rng = client.model("fake/batch-pixels"), np.random.default_rng(5)
+    images = [rng.integers(0, 256, (1, 7, 3), np.uint8) for _ in range(16)]
+    with model.stream() as stream:
+        for image in images:
+            stream.send(image)
+        results = [next(stream) for _ in images]
+    for image, result in zip(images, results, strict=True):
+        expected = (image / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.1, 0.5]
+        assert result.value.dtype == np.float32
+        np.testing.assert_allclose(result.value, expected, atol=1e-5)
+    assert max(result.timings.batch_size for result in results) > 1
+    with pytest.raises(errors.InvalidTensorError, match="uint8"):
+        model(np.zeros((1, 7, 3), np.float32))
+    with pytest.raises(errors.InvalidTensorError, match="3"):
+        model(np.zeros((1, 7, 1), np.uint8))
+
+
 @pytest.mark.accept("C3", "C4")
 def test_single_items_of_any_size_run_in_one_round(client: nos.Client) -> None:
     model, rng = client.model("fake/batch-items"), np.random.default_rng(4)

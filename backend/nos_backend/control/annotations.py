@@ -12,6 +12,8 @@ from nos.wire.signature import ANY_LEADING
 from nos.wire.v1 import models_pb2, values_pb2
 from nos.wire.values import DTYPE_NUMBERS
 
+from nos_backend import normalization
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -145,11 +147,43 @@ class Annotations:
         found = self._read(members[0], depth - 1)
         if found.kind != models_pb2.TYPE_KIND_TENSOR:
             return found
-        for extra in members[1:]:
-            if isinstance(extra, ast.Constant) and isinstance(extra.value, str):
-                _read_shape(found, extra.value, getattr(extra, "lineno", 0))
-                break
+        texts = [
+            (extra.value, extra.lineno)
+            for extra in members[1:]
+            if isinstance(extra, ast.Constant) and isinstance(extra.value, str)
+        ]
+        shapes = [it for it in texts if not normalization.is_meant(it[0])]
+        if shapes:
+            _read_shape(found, *shapes[0])
+        for text, line in texts:
+            if normalization.is_meant(text):
+                _check_normalization(found, text, line, _last_name(_parsed(members[0])))
         return found
+
+
+def _check_normalization(found: models_pb2.Type, text: str, line: int, name: str) -> None:
+    """Accept that uint8 values are normalized on the device."""
+    try:
+        num_channels = normalization.parse(text).num_channels
+    except ValueError:
+        raise InvalidRequestError(
+            f"line {line}: a normalization is not understood",
+            "source",
+            normalization.GRAMMAR,
+            repr(text[:80]),
+        ) from None
+    last = found.shape[-1].size if found.has_shape and found.shape else 0
+    wanted, got = "", ""
+    if name != "Tensor":
+        wanted, got = "a torch.Tensor", name
+    elif found.dtype != values_pb2.DTYPE_UINT8:
+        wanted, got = 'uint8, as in "uint8[*batch, 224, 224, 3]"', "another or no element type"
+    elif num_channels > 1 and last and last != num_channels:
+        wanted, got = f"a last dimension of {num_channels}", str(last)
+    if wanted:
+        raise InvalidRequestError(
+            f"line {line}: this tensor cannot be normalized", "source", wanted, got
+        )
 
 
 def _read_shape(found: models_pb2.Type, text: str, line: int) -> None:

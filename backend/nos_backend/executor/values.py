@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import torch
 
+from nos_backend import normalization
 from nos_backend.executor import images
 from nos_backend.executor.arena import ALIGNMENT_BYTES
 from nos_backend.executor.failures import NoWireFormError, RefusedError
@@ -26,6 +27,9 @@ from nos_backend.executor.messages import (
     OCTETS,
 )
 
+if typing.TYPE_CHECKING:
+    from nos_backend.normalization import Normalization
+
 Node: typing.TypeAlias = Any
 Array: typing.TypeAlias = np.ndarray[Any, Any]
 
@@ -36,6 +40,7 @@ _NUMPY_NAMES: Final = {np.dtype(name): name for name in ITEM_BYTES if name != "b
 #: Bytes of both are the same, and numpy knows only the second.
 _RAW_BFLOAT16: Final = torch.int16
 _INT64: Final = 2**63
+_UINT8_MAX: Final = 255
 _IMAGE_CHANNELS: Final = 3
 _WIRE_FORMS: Final = "return arrays, text, numbers, lists or dicts"
 
@@ -48,6 +53,8 @@ class Want:
     """`any`, `torch`, `numpy`, `image`, `bytes`, `float`, `int`, `bool`, `each` or `members`."""
     items: tuple[Want, ...] = ()
     """Of `each`: one for all items, or one per item; of `members`: one for all values."""
+    normalization: Normalization | None = None
+    """Of `torch`: what becomes of uint8 values."""
 
 
 ANY: Final = Want()
@@ -57,7 +64,11 @@ def want(annotation: Any) -> Want:
     """Return what a parameter with this annotation asks for."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        return want(arguments[0])
+        found = want(arguments[0])
+        meant = [it for it in arguments[1:] if isinstance(it, str) and normalization.is_meant(it)]
+        if found.kind == "torch" and meant:
+            return dataclasses.replace(found, normalization=normalization.parse(meant[0]))
+        return found
     if origin in {typing.Union, types.UnionType}:
         wants = [want(member) for member in arguments if member is not types.NoneType]
         return next((member for member in wants if member.kind in _BULK), wants[0])
@@ -140,7 +151,10 @@ class Inputs:
             tensor = torch.from_numpy(array)
             if name == "bfloat16":
                 tensor = tensor.view(torch.bfloat16)
-            return tensor.to(self._device)
+            tensor = tensor.to(self._device)
+            if wanted.normalization is not None and name == "uint8":
+                return _normalize(tensor, wanted.normalization, where)
+            return tensor
         if wanted.kind == "image":
             return _to_image(array, where)
         if wanted.kind in {"float", "int", "bool"} and not shape:
@@ -166,7 +180,29 @@ class Inputs:
         if wanted.kind == "image":
             return image
         array = images.pixels(image)
-        return torch.from_numpy(array).to(self._device) if wanted.kind == "torch" else array
+        if wanted.kind != "torch":
+            return array
+        tensor = torch.from_numpy(array).to(self._device)
+        normal = wanted.normalization
+        return tensor if normal is None else _normalize(tensor, normal, where)
+
+
+def _normalize(tensor: torch.Tensor, wanted: Normalization, where: str) -> torch.Tensor:
+    """Return `(tensor / 255 - mean) / std` in float32, where `tensor` is."""
+    if wanted.num_channels > 1 and tensor.shape[-1:] != (wanted.num_channels,):
+        raise RefusedError(
+            "INVALID_TENSOR",
+            "wrong shape",
+            where,
+            f"a last dimension of {wanted.num_channels}",
+            str(tuple(tensor.shape)),
+        )
+    std = torch.tensor(wanted.std, dtype=torch.float64)
+    scale, shift = 1 / (_UINT8_MAX * std), -torch.tensor(wanted.mean, dtype=torch.float64) / std
+    values = tensor.to(torch.float32)
+    values *= scale.to(values)
+    values += shift.to(values)
+    return values
 
 
 def _to_image(array: Array, where: str) -> Any:

@@ -186,6 +186,21 @@ class BatchPadded:
         return torch.where(mask, x - mean, torch.nan)
 
 
+Pixels = Annotated[
+    torch.Tensor, "uint8[*batch, height, 3]", "normalize(mean=[0.5, 0.4, 0.3], std=[0.2, 0.1, 0.5])"
+]
+
+
+@nos.model(name="fake/batch-pixels", isolation="process")
+class BatchPixels:
+    """Takes pixels as numbers that networks were trained on."""
+
+    def __call__(self, x: Pixels) -> Annotated[torch.Tensor, "float32[*batch, height, 3]"]:
+        """Return what came; takes 20 ms."""
+        time.sleep(0.02)
+        return x
+
+
 @nos.model(name="fake/batch-items", isolation="process", batch=True)
 class BatchItems:
     """Takes one image at a time."""

@@ -70,6 +70,34 @@ def test_alias_of_the_module_is_followed():
     assert in_words(parameter_type("Pixels", alias)) == "uint8 tensor of shape (height, width, 3)"
 
 
+@pytest.mark.parametrize(
+    ("tensor", "said", "reason"),
+    [
+        ("uint8[b, 3]", "normalize", "not understood"),
+        ("uint8[b, 3]", "normalize(0.5)", "not understood"),
+        ("uint8[b, 3]", "normalize(mode=1)", "not understood"),
+        ("uint8[b, 3]", "normalize(std=0)", "not understood"),
+        ("uint8[b, 3]", "normalize(mean=1e999)", "not understood"),
+        ("uint8[b, 3]", "normalize(mean=[1, 2, 3], std=[1, 2])", "not understood"),
+        ("uint8[b, 3]", "normalize(mean=open('x'))", "not understood"),
+        ("uint8[b, 4]", "normalize(mean=[1, 2, 3])", "a last dimension of 3"),
+        ("float32[b, 3]", "normalize()", "uint8"),
+    ],
+)
+def test_normalization_that_cannot_be_is_refused_with_its_line(tensor, said, reason):
+    annotation = f"Annotated[torch.Tensor, {tensor!r}, {said!r}]"
+    with pytest.raises(InvalidRequestError, match="line 2") as caught:
+        parameter_type(annotation)
+    assert reason in str(caught.value)
+
+
+def test_normalization_may_stand_before_the_shape_and_is_for_torch_only():
+    both = 'Annotated[{}, "normalize(mean=[0, 0, 0])", "uint8[b, 3]"]'
+    assert in_words(parameter_type(both.format("torch.Tensor"))) == "uint8 tensor of shape (b, 3)"
+    with pytest.raises(InvalidRequestError, match=r"torch\.Tensor"):
+        parameter_type(both.format("np.ndarray"))
+
+
 def test_alias_of_itself_ends():
     assert parameter_type("A", "A = list[A]").kind == models_pb2.TYPE_KIND_LIST
 

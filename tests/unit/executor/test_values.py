@@ -105,6 +105,27 @@ def test_images_are_returned_as_pixels() -> None:
     assert hop(PIL.Image.new("1", (5, 3))).shape == (3, 5, 3)
 
 
+@pytest.mark.parametrize(
+    ("said", "mean", "std"),
+    [
+        ("normalize()", 0, 1),
+        ("normalize(mean=0.5, std=2)", 0.5, 2),
+        ("normalize(std=(1, 2, 4), mean=0.25)", 0.25, [1, 2, 4]),
+    ],
+)
+def test_pixels_are_normalized_as_their_annotation_says(said: str, mean: Any, std: Any) -> None:
+    pixels = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3) * 10
+    found = hop(pixels, Annotated[torch.Tensor, "uint8[height, width, 3]", said])
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), (pixels / 255 - mean) / std, atol=1e-6)
+
+
+def test_pixels_of_other_channels_than_their_means_are_refused() -> None:
+    grey = np.zeros((2, 4, 1), np.uint8)
+    with pytest.raises(RefusedError, match="wrong shape"):
+        hop(grey, Annotated[torch.Tensor, "uint8", "normalize(mean=[0.1, 0.2])"])
+
+
 def test_whole_numbers_become_floats_where_floats_are_wanted() -> None:
     assert isinstance(hop(3, float), float)
     assert hop(np.float64(3.5), float) == 3.5
