@@ -80,7 +80,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
     for token in registry.read_tokens():
         tokens.accept(token)
     signer = TicketSigner.generate(dict(arguments.weight))
-    link = ClusterLink()
+    link = ClusterLink(folders=arguments.state_dir / "folders")
     ca_certificate = TlsFiles(arguments.tls_dir).ca.read_bytes() if arguments.tls_dir else b""
     server = GatewayServer(
         cluster=link,

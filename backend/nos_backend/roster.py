@@ -122,6 +122,7 @@ def plan_children(
                 profile_s=settings.profile_s,
                 host_bytes=settings.host_bytes,
                 weights_dir=str(run_dir / "weights" / name),
+                files_dir=str(settings.state_dir / "files" / name),
                 environments_dir=str(settings.state_dir / "environments"),
                 confinement=settings.confinement,
                 closed_paths=os.pathsep.join(map(str, _closed_paths(settings))),
@@ -154,7 +155,7 @@ def plan_children(
 
 def readable_paths(state_dir: Path) -> list[Path]:
     """Return the folders of the state folder that models and their packages are read from."""
-    return [state_dir / "folders", state_dir / "environments"]
+    return [state_dir / name for name in ("folders", "files", "environments")]
 
 
 def _closed_paths(settings: Settings) -> list[Path]:

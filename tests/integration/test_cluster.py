@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import pytest_asyncio
 from nos.errors import InvalidRequestError, LoadError, OutOfDeviceMemoryError, UnavailableError
 from nos.wire.limits import TICKET_KEY
 from nos.wire.v1 import access_pb2, inference_pb2, inference_pb2_grpc, models_pb2, values_pb2
+from nos_backend import hub
 from nos_backend.cluster.certificates import TlsFiles
 from nos_backend.cluster.device import WorkerSettings
 from nos_backend.cluster.launch import Command, scheduler_command, worker_command
 from nos_backend.cluster.link import ClusterEvent, ClusterLink
 from nos_backend.control.tickets import TicketSigner
-from nos_backend.definition import ModelDefinition
+from nos_backend.definition import ModelDefinition, folder_name
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -201,6 +203,46 @@ async def test_a_model_is_loaded_once_and_unloaded(link):
 
 async def seen(events: list[ClusterEvent], kind: str, key: str = "test/double@v1") -> bool:
     return any(event.kind == kind and event.model == key for event in events)
+
+
+READS_FILES = """
+from pathlib import Path
+
+import sibling
+
+
+class Doubler:
+    def __init__(self) -> None:
+        self.weights = Path(__file__).with_name("weights").read_bytes()
+        assert len(self.weights) == sibling.SIZE_BYTES
+
+    def __call__(self, x: int) -> int:
+        return len(self.weights)
+"""
+
+
+@pytest.mark.asyncio
+async def test_workers_of_other_machines_get_a_models_files_and_have_their_own_built_ins(
+    cluster, tmp_path
+):
+    folders = tmp_path / "gateway"
+    weights = os.urandom(3 << 20)
+    files = {"weights": weights, "sibling.py": f"SIZE_BYTES = {len(weights)}".encode()}
+    name = folder_name({path: hashlib.sha256(data).hexdigest() for path, data in files.items()})
+    (folders / name).mkdir(parents=True)
+    for path, data in files.items():
+        (folders / name / path).write_bytes(data)
+    link = ClusterLink(folders=folders)
+    await link.connect(cluster.address, cluster.tls.folder)
+    await link.set_keys(TicketSigner.generate().public_key_bytes)
+    await until(lambda: num_workers(link), 2)
+    elsewhere = f"/of/the/gateways/machine/{name}"
+    await link.load(definition("test/files", READS_FILES, folder=elsewhere))
+    (kept,) = (cluster.folder / "dask").glob("**/files/*/weights")
+    assert kept.read_bytes() == weights
+    [digits] = [it for it in hub.definitions() if it.name == "nos/digits"]
+    await link.load(replace(digits, folder="/of/another/installation"))
+    await link.close()
 
 
 @pytest.mark.asyncio
@@ -396,11 +438,13 @@ async def test_a_worker_whose_device_disappears_ends_and_is_back_with_it(cluster
 
 
 async def pid_of(link: ClusterLink, name: str) -> int:
-    """Return a worker's process; 0 while there is none."""
+    """Return a worker's process; 0 while there is none that may be given models."""
     try:
-        return await worker_pid(link, name)
-    except (StopIteration, UnavailableError, RuntimeError):
+        workers = (await link.state())["workers"]
+    except UnavailableError:
         return 0
+    found = [it["pid"] for it in workers if it["name"] == name and not it["note"]]
+    return int(found[0]) if found else 0
 
 
 @pytest.mark.accept("E4")

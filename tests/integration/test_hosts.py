@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nos
 import pytest
+import torch
 
 from tests.faults.streaming import Sender, flows
 from tests.network import Host
@@ -23,11 +24,18 @@ PROGRAMS = Path(sys.executable).parent
 PATIENCE_S = 90.0
 
 
+def hiding(folder):
+    """Begin a command line in whose mounts a folder is empty; it has mounts of its own already."""
+    return "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', folder
+
+
 class Machines:
     """This machine with scheduler and gateway, and two others with a worker each."""
 
-    def __init__(self, stack, folder):
+    def __init__(self, stack, folder, state_dir):
         self.stack, self.folder = stack, folder
+        #: The gateway's, which the other machines do not see.
+        self.state_dir = state_dir
         self.hosts = [Host(stack), Host(stack)]
         self.certs = folder / "certs"
         subprocess.run([PROGRAMS / "nos", "cluster", "certs", self.certs], check=True)
@@ -50,7 +58,8 @@ class Machines:
     def start_worker(self, name, host, *, role="worker", kind="nos_backend.cluster.ServingWorker"):
         return self.start(
             name,
-            *(*host.inside, PROGRAMS / "dask", "worker", self.scheduler, "--worker-class", kind),
+            *(*host.inside, *hiding(self.state_dir)),
+            *(PROGRAMS / "dask", "worker", self.scheduler, "--worker-class", kind),
             *("--name", name, "--nworkers", "1", "--nthreads", "2", "--memory-limit", "0"),
             *("--no-dashboard", "--local-directory", self.folder / "dask", *self.flags(role)),
         )
@@ -86,13 +95,14 @@ class Machines:
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
     with contextlib.ExitStack() as stack:
-        yield Machines(stack, tmp_path_factory.mktemp("machines"))
+        state_dir = tmp_path_factory.mktemp("gateway")
+        yield Machines(stack, tmp_path_factory.mktemp("machines"), state_dir)
 
 
 @pytest.fixture(scope="module")
-def server(machines, tmp_path_factory):
+def server(machines):
     running = start_server(
-        tmp_path_factory.mktemp("gateway"),
+        machines.state_dir,
         *("--scheduler", machines.scheduler, "--tls-dir", str(machines.certs / "client")),
         *("--device", "none", "--models", str(FAKE_MODELS), "--idle-shutdown-s", "0"),
     )
@@ -114,8 +124,8 @@ def ready(client):
     return [worker for worker in client.status().workers if not worker.note]
 
 
-def serving(client):
-    return {replica.worker for replica in client.info(MODEL).replicas if replica.phase == "serving"}
+def serving(client, model=MODEL):
+    return {replica.worker for replica in client.info(model).replicas if replica.phase == "serving"}
 
 
 @pytest.mark.accept("E6")
@@ -128,6 +138,24 @@ def test_both_machines_answer_over_tls(machines, server, control, via):
         pids = set()
         wait_for(lambda: len(pids.add(model.pid()) or pids) == 2, "both answer", PATIENCE_S)
         assert all(route.startswith(via) for route in client._engine.routes().values())
+
+
+@pytest.mark.accept("E6")
+@pytest.mark.long
+def test_weights_of_a_notebook_reach_machines_that_do_not_see_the_gateways_files(
+    machines, server, control
+):
+    network = torch.nn.Linear(512, 512)
+    control.register(network, name="sent", init={"in_features": 512, "out_features": 512})
+    control.scale("sent", replicas=2)
+    wait_for(lambda: len(serving(control, "sent")) == 2, "both serve it", PATIENCE_S)
+    rows = torch.ones(3, 512)
+    model = control.model("sent")
+    for _ in range(8):
+        assert torch.allclose(torch.as_tensor(model(rows)), network(rows))
+    kept = list((machines.folder / "dask").glob("**/files/*/.nos/weights.safetensors"))
+    assert len(kept) == 2
+    control.unregister("sent")
 
 
 @pytest.mark.accept("E6", "A6")

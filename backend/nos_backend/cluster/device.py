@@ -28,6 +28,8 @@ _MAX_DIGITS: Final = 19
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
     """What a worker process is told by its environment, because Dask's command line has no room for it."""
+#: Of files from the gateway, by default.
+_MAX_FILES_BYTES: Final = 50 << 30
 
     device: str = "auto"
     """`cpu`, `cuda:0`, or `auto`: the first CUDA device, else the processor. `NOS_WORKER_DEVICE`."""
@@ -54,6 +56,11 @@ class WorkerSettings:
     confinement: str = "auto"
     """`auto`: the most that this machine has; `off`: executors are ordinary processes.
     `NOS_WORKER_CONFINEMENT`."""
+    files_dir: str = ""
+    """Where files of models go that this machine does not see; empty means Dask's folder of the worker.
+    `NOS_WORKER_FILES_DIR`."""
+    files_bytes: int = _MAX_FILES_BYTES
+    """What these may take. `NOS_WORKER_FILES_BYTES`."""
     closed_paths: str = ""
     """Files and folders with secrets, which executors cannot reach, as PATH has several.
     `NOS_WORKER_CLOSED_PATHS`."""

@@ -15,6 +15,7 @@ from nos.wire.status import from_message
 from nos.wire.v1 import errors_pb2
 
 from nos_backend.cluster.certificates import TlsFiles
+from nos_backend.cluster.folders import FOLDERS_TOPIC, FolderSender
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -86,12 +87,19 @@ class ClusterLink:
     model that was loaded through it and calls `on_reconnected`.
     """
 
-    def __init__(self, on_reconnected: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self,
+        on_reconnected: Callable[[], Awaitable[None]] | None = None,
+        *,
+        folders: Path | None = None,
+    ) -> None:
         """Make an unconnected link.
 
         Args:
             on_reconnected: Called after a lost scheduler was found again.
+            folders: Where models' folders are, named by their content, for workers that do not see them.
         """
+        self._sender = FolderSender(folders) if folders is not None else None
         self.on_reconnected = on_reconnected
         #: Where the Dask dashboard listens, an URL; empty before `connect` or if there is none.
         self.dashboard_url = ""
@@ -325,6 +333,8 @@ class ClusterLink:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
+        if self._sender is not None:
+            await self._sender.close()
         await self._drop()
 
     async def _ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
@@ -362,6 +372,8 @@ class ClusterLink:
             return False
         self._client, self._comm = client, client.scheduler_comm
         client.subscribe_topic(_TOPIC, self._hear)
+        if self._sender is not None:
+            client.subscribe_topic(FOLDERS_TOPIC, self._hear_of_folder)
         self.dashboard_url = client.dashboard_link or ""
         return True
 
@@ -376,6 +388,10 @@ class ClusterLink:
         )
         for callback in list(self._callbacks.values()):
             callback(heard)
+
+    def _hear_of_folder(self, event: tuple[float, dict[str, Any]]) -> None:
+        if self._sender is not None and self._client is not None:
+            self._sender.hear(self._client.rpc, event[1])
 
     async def _watch(self) -> None:
         while True:

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from distributed import Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 from nos.errors import ConfigError, InternalError, NosError, UnavailableError
 
+from nos_backend import hub
 from nos_backend.cluster.device import WorkerSettings, describe_device, free_bytes, split_paths
 from nos_backend.cluster.launch import WORKER_DEFAULTS
 from nos_backend.definition import ModelDefinition
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from nos.wire.v1 import access_pb2
 
     from nos_backend.cluster.device import Device
+    from nos_backend.cluster.folders import FolderCache
     from nos_backend.control.tickets import TicketVerifier
+    from nos_backend.worker.arguments import Call
     from nos_backend.worker.manager import ModelManager
     from nos_backend.worker.service import DataPlane
 
@@ -67,6 +71,14 @@ class ServingWorker(Worker):
         self._nos_host.announce()
         return self
 
+    async def close(self, *args: Any, **kwargs: Any) -> str | None:  # type: ignore[override]
+        """Close as any worker does; where a nanny started this process, end it with that."""
+        closed = await super().close(*args, **kwargs)
+        if closed and self.nanny:
+            # Nothing is left to do, and Dask would wait 2 s for a word of the nanny's that does not come.
+            asyncio.get_running_loop().call_soon(os._exit, 0)
+        return closed
+
 
 class HostPlugin(WorkerPlugin):
     """Starts the data plane before the worker registers, so that a worker that cannot serve never joins."""
@@ -77,6 +89,7 @@ class HostPlugin(WorkerPlugin):
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._device: Device
+        self._folders: FolderCache
         self._worker: Worker
         self._manager: ModelManager
         self._plane: DataPlane
@@ -94,12 +107,18 @@ class HostPlugin(WorkerPlugin):
         """Start the data plane and add the handlers that the scheduler calls."""
         from nos.wire.host import host_id, is_loopback
 
+        from nos_backend.cluster.folders import FOLDERS_TOPIC, FolderCache
         from nos_backend.worker.service import DataPlane
 
         hide_memory()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         device = describe_device(self._settings.device, os.environ)
         self._worker, self._device = worker, device
+        self._folders = FolderCache(
+            Path(self._settings.files_dir or Path(worker.local_directory, "files")),
+            lambda name: worker.log_event(FOLDERS_TOPIC, {"folder": name}),
+            self._settings.files_bytes,
+        )
         host = self._settings.host or worker.ip
         tls = None if is_loopback(host) else _tls_of(worker)
         self._plane = DataPlane(
@@ -141,6 +160,9 @@ class HostPlugin(WorkerPlugin):
         worker.handlers["nos_logs"] = self.logs
         worker.handlers["nos_profile"] = self.profile
         worker.handlers["nos_memory"] = self.memory
+        worker.handlers["nos_folder_begin"] = self._folders.begin
+        worker.handlers["nos_folder_piece"] = self._folders.piece
+        worker.handlers["nos_folder_end"] = self._folders.end
 
     async def teardown(self, worker: Worker) -> None:
         """Finish what is in flight, then stop the data plane and the executors."""
@@ -177,7 +199,7 @@ class HostPlugin(WorkerPlugin):
 
     async def load(self, definition: dict[str, Any]) -> dict[str, Any]:
         """Load a model; returns the status when it answers, `{"error": nos.v1.Error}` when it cannot."""
-        return await self._attempt(lambda: self._plane.load(ModelDefinition.from_dict(definition)))
+        return await self._attempt(self._load(ModelDefinition.from_dict(definition)))
 
     async def attempt(
         self, definition: dict[str, Any], call: dict[str, Any] | None, data: bytes
@@ -185,11 +207,8 @@ class HostPlugin(WorkerPlugin):
         """Make a model and one call of it, and forget it; `{"error": nos.v1.Error}` when that fails."""
         from nos_backend.worker.arguments import Call
 
-        return await self._attempt(
-            lambda: self._manager.attempt(
-                ModelDefinition.from_dict(definition), Call(**call) if call else None, data
-            )
-        )
+        made = Call(**call) if call else None
+        return await self._attempt(self._try(ModelDefinition.from_dict(definition), made, data))
 
     async def unload(self, key: str, budget_s: float = 0.0) -> dict[str, Any]:
         """Unload a model once its streams have moved on and its work in flight is done.
@@ -198,7 +217,10 @@ class HostPlugin(WorkerPlugin):
             key: The model.
             budget_s: How long streams may stay that do not heed it; 0 for the usual time.
         """
-        return await self._attempt(lambda: self._plane.unload(key, budget_s or None))
+        work = self._on_plane(lambda: self._plane.unload(key, budget_s or None))
+        reply = await self._attempt(work)
+        self._folders.release(key)
+        return reply
 
     async def state(self) -> dict[str, Any]:
         """Return the manager's status as of now."""
@@ -231,12 +253,36 @@ class HostPlugin(WorkerPlugin):
         lines = await asyncio.wrap_future(self._plane.submit_coroutine(read))
         return {"lines": [list(line) for line in lines]}
 
-    async def _attempt(self, work: Callable[[], Coroutine[Any, Any, None]]) -> dict[str, Any]:
+    async def _load(self, definition: ModelDefinition) -> None:
+        here = await self._with_files(definition.key, definition)
+        try:
+            await self._on_plane(lambda: self._plane.load(here))
+        except BaseException:
+            self._folders.release(definition.key)
+            raise
+
+    async def _try(self, definition: ModelDefinition, call: Call | None, data: bytes) -> None:
+        key = f"{definition.key} tried"
+        try:
+            here = await self._with_files(key, definition)
+            await self._on_plane(lambda: self._manager.attempt(here, call, data))
+        finally:
+            self._folders.release(key)
+
+    async def _with_files(self, key: str, definition: ModelDefinition) -> ModelDefinition:
+        """Return a definition with the places that its files have on this machine."""
+        here = await asyncio.to_thread(hub.find_here, definition)
+        return replace(here, folder=await self._folders.find(key, here.folder))
+
+    async def _on_plane(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await asyncio.wrap_future(self._plane.submit_coroutine(work))
+
+    async def _attempt(self, work: Coroutine[Any, Any, None]) -> dict[str, Any]:
         from nos.wire.status import to_message
 
         error: NosError
         try:
-            await asyncio.wrap_future(self._plane.submit_coroutine(work))
+            await work
             await self._refresh()
         except NosError as failure:
             error = failure
@@ -278,8 +324,12 @@ class HostPlugin(WorkerPlugin):
         confinement = Confinement(
             BoundsOptions(
                 is_off=settings.confinement == "off",
-                closed=[*split_paths(settings.closed_paths), *_key_files(self._worker)],
-                readable=split_paths(settings.readable_paths),
+                closed=[
+                    *split_paths(settings.closed_paths),
+                    *_key_files(self._worker),
+                    self._folders.root,
+                ],
+                readable=[*split_paths(settings.readable_paths), self._folders.root],
                 homes=Path(settings.homes_dir) if settings.homes_dir else None,
                 memory_bytes=settings.executor_bytes,
             )

@@ -115,7 +115,7 @@ def check_files(
     found: dict[str, models_pb2.ModelFile] = {}
     for file in files:
         check_sha256(file.sha256)
-        path = _check_path(file.path)
+        path = check_path(file.path)
         if path in found:
             raise InvalidRequestError("a file is there twice", "files", "each path once", path)
         found[path] = file
@@ -136,7 +136,12 @@ def check_files(
     return found
 
 
-def _check_path(path: str) -> str:
+def check_path(path: str) -> str:
+    """Return a file's path, if it stays in the folder that it is relative to.
+
+    Raises:
+        InvalidRequestError: If it does not, or no file can be named so.
+    """
     parts = path.split("/")
     fits = (
         path.isprintable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from nos_backend.definition import ModelDefinition
@@ -30,6 +31,18 @@ def definitions(weights_dir: Path | str | None = None) -> list[ModelDefinition]:
     if weights_dir is None:
         weights_dir = os.environ.get("NOS_WEIGHTS_DIR", "")
     return [_definition(name, Path(weights_dir) if weights_dir else None) for name in BUILT_IN]
+
+
+def find_here(definition: ModelDefinition) -> ModelDefinition:
+    """Return a built-in model with the folders of this machine's installation, where it has others.
+
+    Any other model is returned as it is.
+    """
+    if definition.owner == OWNER and not Path(definition.folder).is_dir():
+        for own in definitions():
+            if own.key == definition.key:
+                return replace(definition, folder=own.folder, init=own.init)
+    return definition
 
 
 def _definition(name: str, weights_dir: Path | None) -> ModelDefinition:
