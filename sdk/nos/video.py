@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from nos._av import import_av
 from nos.errors import (
-    ConfigError,
     InvalidRequestError,
     InvalidTensorError,
     NosError,
@@ -72,7 +72,7 @@ class _Source:
     ) -> None:
         self._place = place
         self._size = size
-        av = self._av = _import_av()
+        av = self._av = import_av("video")
         try:
             self._container = av.open(place, format=input_format, options=options)
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -198,7 +198,7 @@ class Writer:
     """
 
     def __init__(self, path: str | Path, rate_hz: float = DEFAULT_RATE_HZ) -> None:
-        av = self._av = _import_av()
+        av = self._av = import_av("video")
         self._path = str(path)
         self._rate = Fraction(rate_hz).limit_denominator(_MAX_DENOMINATOR)
         self._stream: Any = None
@@ -298,13 +298,3 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _import_av() -> Any:
-    try:
-        import av  # an extra: its wheel holds all of FFmpeg
-    except ImportError as error:
-        raise ConfigError(
-            "video needs PyAV", "av", hint="Install it: pip install 'nos-inference[video]'"
-        ) from error
-    return av

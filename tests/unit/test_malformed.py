@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nos import _address, _control, _manifest, _profile, video
+from nos import _address, _control, _manifest, _profile, audio, video
 from nos.errors import InternalError, NosError
 from nos.types import Media
 from nos.wire import frames, local, shared, signature, status, values
@@ -659,6 +659,22 @@ def test_videos(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
                 pass
 
     tried(read)
+
+
+def audio_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tone.flac"
+        with audio.Writer(path, 8000) as writer:
+            writer.write(np.sin(np.arange(400)))
+        return path.read_bytes()
+
+
+@examples(25)
+@given(raw=bytes_like(audio_file()))
+def test_audio(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    path = tmp_path_factory.mktemp("audio") / "it.flac"
+    path.write_bytes(raw)
+    tried(lambda: audio.read(path))
 
 
 @examples(40)
