@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _COUNTS: Final = ("max_models", "max_queued", "max_streams", "max_tenant_streams", "num_sharing")
 #: Of the largest number of 64 bits.
 _MAX_DIGITS: Final = 19
+#: Of files from the gateway, by default.
+_MAX_FILES_BYTES: Final = 50 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
     """What a worker process is told by its environment, because Dask's command line has no room for it."""
-#: Of files from the gateway, by default.
-_MAX_FILES_BYTES: Final = 50 << 30
 
     device: str = "auto"
     """`cpu`, `cuda:0`, or `auto`: the first CUDA device, else the processor. `NOS_WORKER_DEVICE`."""
@@ -51,16 +51,16 @@ _MAX_FILES_BYTES: Final = 50 << 30
     """Bytes for copies in main memory; None means no limit. `NOS_WORKER_HOST_BYTES`."""
     weights_dir: str = ""
     """Where copies go that do not fit; empty means nowhere. `NOS_WORKER_WEIGHTS_DIR`."""
-    environments_dir: str = ""
-    """Where packages of models are installed; empty refuses them. `NOS_WORKER_ENVIRONMENTS_DIR`."""
-    confinement: str = "auto"
-    """`auto`: the most that this machine has; `off`: executors are ordinary processes.
-    `NOS_WORKER_CONFINEMENT`."""
     files_dir: str = ""
     """Where files of models go that this machine does not see; empty means Dask's folder of the worker.
     `NOS_WORKER_FILES_DIR`."""
     files_bytes: int = _MAX_FILES_BYTES
     """What these may take. `NOS_WORKER_FILES_BYTES`."""
+    environments_dir: str = ""
+    """Where packages of models are installed; empty refuses them. `NOS_WORKER_ENVIRONMENTS_DIR`."""
+    confinement: str = "auto"
+    """`auto`: the most that this machine has; `off`: executors are ordinary processes.
+    `NOS_WORKER_CONFINEMENT`."""
     closed_paths: str = ""
     """Files and folders with secrets, which executors cannot reach, as PATH has several.
     `NOS_WORKER_CLOSED_PATHS`."""
