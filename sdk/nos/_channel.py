@@ -20,7 +20,7 @@ from nos.errors import (
     StreamClosedError,
     UnavailableError,
 )
-from nos.wire import frames
+from nos.wire import frames, values
 from nos.wire.limits import ERROR_KEY
 from nos.wire.options import CHANNEL_OPTIONS
 from nos.wire.status import from_status
@@ -95,7 +95,9 @@ class Duplex(Protocol):
         """Send soon, in the order of the calls; None says that nothing will follow. Never blocks."""
 
     def messages(self) -> Iterator[tuple[inference_pb2.StreamResponse, memoryview]]:
-        """Yield messages, each with its data, which is valid until the next; from one thread, once.
+        """Yield messages, each with its data; from one thread, once.
+
+        Data that is writable is the receiver's; what is not is valid until the next message.
 
         Raises:
             NosError: As what the stream ended, if not well.
@@ -137,7 +139,8 @@ class RpcStream:
         """See `Duplex`."""
         try:
             for raw in self._call:
-                yield frames.split(inference_pb2.StreamResponse, raw)
+                message, data = frames.split(inference_pb2.StreamResponse, raw)
+                yield message, values.adopt(data)
         except InvalidRequestError as error:
             raise broken(error) from error
         finally:

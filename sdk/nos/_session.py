@@ -245,7 +245,8 @@ class Session:
     def take(self, message: inference_pb2.StreamResponse, data: memoryview) -> list[Event]:
         """Take a message of the server that was split from its data; as `receive`.
 
-        What is kept of the data is copied before this returns.
+        What is kept of the data is copied before this returns, but where it may be written: then it is the
+        result's memory.
         """
         if self.lost is not None:
             return []
@@ -304,7 +305,7 @@ class Session:
             assembly = self._assemblies[seq] = _Assembly(result)
             assembly.add(data)
             return []
-        return self._deliver(seq, result, data, copy=True)
+        return self._deliver(seq, result, data)
 
     def _on_chunk(self, seq: int, data: memoryview) -> list[Event]:
         assembly = self._assemblies.get(seq)
@@ -314,13 +315,11 @@ class Session:
             return []
         del self._assemblies[seq]
         # The bytes were copied into memory of their own on arrival.
-        return self._deliver(seq, assembly.result, memoryview(assembly.data), copy=False)
+        return self._deliver(seq, assembly.result, memoryview(assembly.data))
 
-    def _deliver(
-        self, seq: int, result: inference_pb2.Result, data: memoryview, *, copy: bool
-    ) -> list[Event]:
+    def _deliver(self, seq: int, result: inference_pb2.Result, data: memoryview) -> list[Event]:
         values.check(result.value, data.nbytes, "result")
-        value = values.read(result.value, data, copy=copy)
+        value = values.read(result.value, data, copy=data.readonly)
         if result.more:
             return [Item(seq, value)]
         timings = Timings(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 OCTETS: Final = "application/octet-stream"
 
 _ADDRESSES: Final = 1 << 63
+#: Bytes up to this are copied sooner than they are made one's own.
+_SMALL_BYTES: Final = 16 << 10
 _IS_LITTLE: Final = sys.byteorder == "little"
 
 #: Wire dtype, its name as in torch and numpy, and its element size in bytes.
@@ -147,7 +149,8 @@ def read(node: values_pb2.Value, data: memoryview, *, copy: bool = True) -> Any:
     Args:
         node: A node that `check` has accepted, or that a trusted peer wrote.
         data: The bytes of the carrying message.
-        copy: Whether arrays own their memory; else they are read-only views of `data`.
+        copy: Whether arrays own their memory; else they are views of `data`, but where they are not
+            aligned in it, or so small a part of it that they should not keep the rest.
 
     Returns:
         Arrays as numpy arrays. bfloat16 comes as `ml_dtypes.bfloat16` where that package is
@@ -184,7 +187,33 @@ def read_tensor(tensor: values_pb2.Tensor, data: memoryview, *, copy: bool) -> n
     if name == "bfloat16":
         return _read_bfloat16(flat).reshape(shape)
     array = flat.reshape(shape)
-    return array.copy() if copy else array
+    is_part = 2 * array.nbytes < data.nbytes
+    return array.copy() if copy or is_part or not array.flags.aligned else array
+
+
+class _Adopted:
+    """Bytes as memory that may be written, by numpy's array interface."""
+
+    def __init__(self, flat: np.ndarray[Any, Any]) -> None:
+        address, _ = flat.__array_interface__["data"]
+        self._flat = flat
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": flat.shape,
+            "typestr": "|u1",
+            "data": (address, False),
+        }
+
+
+def adopt(data: memoryview) -> memoryview:
+    """Return bytes that a transport made for its caller alone as writable memory; small ones as they are.
+
+    A result's arrays are then views of the message that brought them, which saves a copy into memory that is
+    new to the process. Nobody else may ever look at the bytes object behind `data`.
+    """
+    if data.nbytes <= _SMALL_BYTES:
+        return data
+    return np.asarray(_Adopted(np.frombuffer(data, np.uint8))).data
 
 
 def check(node: values_pb2.Value, data_bytes: int, where: str, depth: int = 0) -> None:

@@ -108,6 +108,30 @@ def test_a_torch_tensor_arrives_as_an_array():
     assert round_trip(torch.ones(2, dtype=torch.bfloat16)).dtype == ml_dtypes.bfloat16
 
 
+@pytest.mark.parametrize(("lead", "is_kept"), [(0, True), (1, False)])
+def test_arrays_are_adopted_bytes_where_these_are_aligned(lead, is_kept):
+    sent = np.arange(1 << 14, dtype=np.float64)
+    node = values_pb2.Value()
+    values.write(sent, node, values.Payload(), "x")
+    node.tensor.offset_bytes = lead
+    data = values.adopt(memoryview(bytes(lead) + sent.tobytes()))
+    read = values.read(node, data, copy=data.readonly)
+    np.testing.assert_array_equal(read, sent)
+    assert read.flags.writeable
+    assert np.shares_memory(read, data) is is_kept
+
+
+def test_a_small_part_of_a_message_does_not_keep_the_rest():
+    parts = [np.zeros(1 << 16, np.uint8), np.ones(7, np.uint8)]
+    node, payload = values_pb2.Value(), values.Payload()
+    values.write(parts, node, payload, "x")
+    data = values.adopt(memoryview(b"".join(payload.buffers)))
+    large, small = values.read(node, data, copy=data.readonly)
+    assert np.shares_memory(large, data)
+    assert not np.shares_memory(small, data)
+    np.testing.assert_array_equal(small, parts[1])
+
+
 def test_results_are_the_readers_own_memory():
     back = round_trip(np.zeros(3))
     back += 1
