@@ -148,8 +148,9 @@ class StreamPlayer(anywidget.AnyWidget):
         self, _: object, content: dict[str, Any], buffers: Sequence[memoryview]
     ) -> None:
         kind = content.get("type")
-        if kind == "frame":
-            self._take_frame(content, bytes(buffers[0]))
+        if kind == "frames":
+            for header, payload in zip(content["headers"], buffers, strict=False):
+                self._take_frame(header, bytes(payload))
         elif kind == "begin":
             start_thread(self._begin, name="nos-play")
         elif kind == "end":
@@ -168,7 +169,8 @@ class StreamPlayer(anywidget.AnyWidget):
             handle = self._follower.client().model(self._model)
             method = handle.method(self._method)
             parameter = frames.image_parameter(handle.spec, method.info)
-            policy = "latest" if self._frames is None else "block"
+            # Pages send several frames together, and no more than the model takes soon.
+            policy = "drop_oldest" if self._frames is None else "block"
             stream = method.stream(policy=policy, ordered=False)
         except NosError as error:
             self.send({"type": "ended", **describe(error)})
@@ -196,10 +198,11 @@ class StreamPlayer(anywidget.AnyWidget):
         self.send({"type": "frame", **header}, [payload])
 
     def _take_frame(self, header: dict[str, Any], payload: bytes) -> None:
-        """Send a frame of the page; one that is no image fails alone."""
+        """Send a frame of the page, where the stream is there; one that is no image fails alone."""
         with self._changed:
             stream = self._stream
         if stream is None:
+            self.send({"type": "frame", "seq": header.get("seq"), "dropped": True}, [b""])
             return
         try:
             number = stream.send(**{self._parameter: Media.from_bytes(payload)})
