@@ -22,6 +22,8 @@ _MARKED = frozenset(
 MAX_SAMPLES = 1200
 MAX_MARKS = 200
 _INSTANT_S = 1e-3
+#: A chart is so much higher than its peak.
+_HEADROOM = 1.2
 #: Colours of the stack, readable on light and dark; the widget's module has the same ones.
 PALETTE = ("#4c8dd6", "#e08a3c", "#3fa37c", "#c05fa0", "#8f7fd8", "#c9a227", "#4fb3bf", "#d65c5c")
 
@@ -136,6 +138,7 @@ def _chart(samples: Sequence[Sample], worker: Worker) -> str:
         # One moment has no width; drawn as if it had lasted.
         history = [(history[0][0] - _INSTANT_S, history[0][1]), *history]
     peak = max(1, *(device.used_bytes for _, device in history))
+    top = _HEADROOM * peak
     begin_s = history[0][0]
     span_s = max(_INSTANT_S, history[-1][0] - begin_s)
     names = list(dict.fromkeys(part.model for _, device in history for part in device.models))
@@ -147,23 +150,21 @@ def _chart(samples: Sequence[Sample], worker: Worker) -> str:
         sizes = [_part_bytes(device, name) for _, device in history]
         above = [low + size for low, size in zip(below, sizes, strict=True)]
         xs = [(time_s - begin_s) / span_s * width for time_s, _ in history]
-        upper = [
-            f"{x:.1f},{height - y / peak * height:.1f}" for x, y in zip(xs, above, strict=True)
-        ]
-        lower = [
-            f"{x:.1f},{height - y / peak * height:.1f}" for x, y in zip(xs, below, strict=True)
-        ]
+        upper = [f"{x:.1f},{height - y / top * height:.1f}" for x, y in zip(xs, above, strict=True)]
+        lower = [f"{x:.1f},{height - y / top * height:.1f}" for x, y in zip(xs, below, strict=True)]
         shapes.append(f'<polygon fill="{color}" points="{" ".join(upper + lower[::-1])}"/>')
         below = above
         if sizes[-1]:
             dot = f'<span style="color:{color}" aria-hidden="true">&#9632;</span>'
             legend.append(f"{dot} {escape(name)} {format_bytes(sizes[-1])}")
     used = f"{format_bytes(last.used_bytes)} of {format_bytes(last.capacity_bytes)}"
+    lasted = f" in {span_s:.0f} s" if span_s >= 1 else ""
     return (
         f'<div style="margin-bottom:8px"><div>{escape(last.name)} {escape(last.product)}: {used},'
-        f" peak {format_bytes(peak)} in {span_s:.0f} s</div>"
+        f" peak {format_bytes(peak)}{lasted}</div>"
         f'<svg role="img" aria-label="memory of {escape(last.name)} over time"'
-        f' width="{width:.0f}" height="{height:.0f}">{"".join(shapes)}</svg>'
+        f' width="{width:.0f}" height="{height:.0f}">'
+        f'<rect width="100%" height="100%" fill="#8a8f98" fill-opacity="0.1"/>{"".join(shapes)}</svg>'
         f"<div>{' &nbsp; '.join(legend)}</div></div>"
     )
 

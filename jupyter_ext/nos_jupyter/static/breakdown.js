@@ -3,7 +3,7 @@
 //
 // Messages from the kernel: profile {model, profile}, unprofiled {model, name, sentence, traceback}.
 
-import { button, errorBox, formatBytes, make } from "./page.js";
+import { button, errorBox, formatBytes, make, makeTable } from "./page.js";
 
 // The others are one line.
 const MAX_MODULES = 12;
@@ -72,7 +72,7 @@ function modules(method) {
   const most = Math.max(1, ...uses.map((use) => Math.max(use.weight_bytes, use.activation_bytes)));
   const rows = uses.map((use) => [use.path || "the model itself", bar(use.weight_bytes, most), bar(use.activation_bytes, most)]);
   const title = `${method.method}, ${method.module_rows || 1} in a batch`;
-  return table("nos-modules", [title, "weights", "activations"], rows);
+  return makeTable("nos-modules", [title, "weights", "activations"], rows);
 }
 
 /** @param {any} method */
@@ -84,7 +84,7 @@ function sizes(method) {
     point.took_s ? `${(point.took_s * 1e3).toPrecision(3)} ms` : "not run",
     bar(bytesOf(point), most),
   ]);
-  return table("nos-sizes", ["in a batch", "takes", "activations"], rows);
+  return makeTable("nos-sizes", ["in a batch", "takes", "activations"], rows);
 }
 
 /** @param {number} bytes @param {number} most */
@@ -96,18 +96,4 @@ function bar(bytes, most) {
   track.append(fill);
   box.append(track, make("span", "nos-faint", formatBytes(bytes)));
   return box;
-}
-
-/** @param {string} name @param {string[]} header @param {(string | HTMLElement)[][]} rows */
-function table(name, header, rows) {
-  const node = make("table", `nos-table ${name}`);
-  const head = node.createTHead().insertRow();
-  for (const text of header) head.append(make("th", "", text));
-  const body = node.createTBody();
-  for (const cells of rows) {
-    const row = body.insertRow();
-    for (const cell of cells) row.insertCell().append(cell);
-  }
-  node.hidden = !rows.length;
-  return node;
 }

@@ -51,6 +51,20 @@ export function labelled(text, control, hint) {
   return label;
 }
 
+/** A table, hidden while it has no rows. @param {string} name @param {string[]} header @param {(string | HTMLElement)[][]} rows */
+export function makeTable(name, header, rows) {
+  const table = make("table", `nos-table ${name}`);
+  const head = table.createTHead().insertRow();
+  for (const text of header) head.append(make("th", "", text));
+  const body = table.createTBody();
+  for (const cells of rows) {
+    const row = body.insertRow();
+    for (const cell of cells) row.insertCell().append(cell);
+  }
+  table.hidden = !rows.length;
+  return table;
+}
+
 /** The line at the foot of a widget that says how the connection stands. */
 export class StateLine {
   /** @param {HTMLElement} root  carries data-state */

@@ -1,7 +1,7 @@
 // @ts-check
 // Results by type, as `nos_jupyter.rendering` describes them.
 
-import { make } from "./page.js";
+import { make, makeTable } from "./page.js";
 
 const MAX_BARS = 12;
 const MARKERS = ["#4c8dd6", "#e08a3c", "#3fa37c", "#c05fa0", "#8f7fd8", "#c9a227", "#4fb3bf", "#d65c5c"];
@@ -40,7 +40,7 @@ function draw(view, data, picture = null) {
   if (view.kind === "overlay") return drawOverlay(make("canvas", "nos-picture"), view, bytesOf(data), picture);
   if (view.kind === "pixels") return drawPixels(make("canvas", "nos-picture"), view.shape, bytesOf(data));
   if (view.kind === "scores") return drawScores(view);
-  if (view.kind === "table") return drawTable(view);
+  if (view.kind === "table") return makeTable("", view.header, view.rows);
   if (view.kind === "text") return make("div", "nos-text", view.text);
   const box = make("div", "nos-array");
   if (view.title) box.append(make("div", "nos-faint", view.title));
@@ -171,17 +171,4 @@ function drawScores(view) {
   };
   chart.update(view);
   return chart;
-}
-
-/** @param {{header: string[], rows: string[][]}} view */
-function drawTable(view) {
-  const table = make("table", "nos-table");
-  const head = table.createTHead().insertRow();
-  for (const name of view.header) head.append(make("th", "", name));
-  const body = table.createTBody();
-  for (const cells of view.rows) {
-    const row = body.insertRow();
-    for (const cell of cells) row.append(make("td", "", cell));
-  }
-  return table;
 }

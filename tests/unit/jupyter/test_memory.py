@@ -68,7 +68,9 @@ def test_the_still_picture_is_well_formed_and_names_each_model() -> None:
 def test_a_single_sample_fills_the_picture() -> None:
     history = History()
     history.samples.append(sample(1.8e9, 10, ModelMemory(model="m", device_bytes=10)))
-    assert "480.0,0.0" in history.to_html()
+    picture = history.to_html()
+    assert "480.0,16.0" in picture
+    assert "peak 10 B<" in picture
 
 
 def test_no_sample_is_said_so() -> None:
