@@ -137,9 +137,12 @@ class Lab:
             cells,
         )
 
-    def save(self) -> None:
-        """Save the notebook and wait until that is done."""
+    def save(self) -> Path:
+        """Save the notebook and wait until that is done; return its file."""
+        assert self.server is not None
         self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        name = self.page.evaluate("() => window.jupyterapp.shell.currentWidget.context.path")
+        return self.server.log_path.parent / "notebooks" / name
 
     def shoot(self, selector: str, name: str) -> None:
         """Keep a picture of a widget for people to look at, light and dark, where that is wanted."""

@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 
 from tests.accept import Accept
 from tests.browser.lab import Jupyter
-from tests.browser.page import Lab, write_notebook
+from tests.browser.page import Lab
 from tests.servers import Server
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -66,11 +66,8 @@ def test_a_cell_becomes_a_model_and_the_chart_shows_its_bytes(
     jupyter_lab: Jupyter, server: Server, opened: Lab, client: nos.Client, accept: Accept
 ) -> None:
     client.load("nos/digits")
-    write_notebook(jupyter_lab, "watch.ipynb", CELLS)
-    opened.open(jupyter_lab, "watch.ipynb")
+    opened.start(jupyter_lab, "watch.ipynb", CELLS[:2], *CELLS[2:])
     page = opened.page
-    opened.run_next()
-    opened.run_next()
     page.wait_for_selector(".nos-mem[data-state='live'] .nos-device[data-used-bytes]")
     before = used_bytes(opened)
     opened.run_next()
@@ -104,8 +101,7 @@ def test_a_cell_becomes_a_model_and_the_chart_shows_its_bytes(
     page.get_by_role("button", name="Close the breakdown").click()
     opened.execute("%nos unload me/heavy")
     expect(page.locator(".nos-part-name:text-is('me/heavy')")).to_have_count(0, timeout=60_000)
-    opened.save()
-    saved = (jupyter_lab.log_path.parent / "notebooks" / "watch.ipynb").read_text()
+    saved = opened.save().read_text()
     assert server.token not in saved
     assert "samples" not in saved
     still, _ = json.loads(saved)["cells"][1]["outputs"]

@@ -8,7 +8,7 @@ from nbconvert import HTMLExporter, MarkdownExporter
 from playwright.sync_api import expect
 
 from tests.browser.lab import Jupyter
-from tests.browser.page import Lab, write_notebook
+from tests.browser.page import Lab
 from tests.browser.test_panels import stroke
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -25,10 +25,7 @@ CELLS = [
 def test_results_and_the_last_state_of_widgets_outlive_the_kernel(
     jupyter_lab: Jupyter, opened: Lab
 ) -> None:
-    write_notebook(jupyter_lab, "saved.ipynb", CELLS)
-    opened.open(jupyter_lab, "saved.ipynb")
-    for _ in CELLS:
-        opened.run_next()
+    opened.start(jupyter_lab, "saved.ipynb", CELLS)
     page = opened.page
     page.locator(".nos-scores").or_(page.locator(".nos-pad")).first.wait_for()
     stroke(opened, page.locator(".nos-pad"), [(0.5, 0.1), (0.5, 0.9)])
@@ -38,10 +35,10 @@ def test_results_and_the_last_state_of_widgets_outlive_the_kernel(
     expect(stills.nth(1)).to_contain_text("float32 (10,)", timeout=60_000)
     expect(stills.nth(0)).to_be_hidden()
     expect(stills.nth(1)).to_be_hidden()
-    opened.save()
+    path = opened.save()
 
     page.evaluate("async () => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-    opened.open(jupyter_lab, "saved.ipynb")
+    opened.open(jupyter_lab, path.name)
     expect(page.locator(".nos-w")).to_have_count(0)
     expect(stills.nth(0).locator("svg")).to_be_visible(timeout=60_000)
     expect(stills.nth(1)).to_be_visible()
@@ -49,7 +46,7 @@ def test_results_and_the_last_state_of_widgets_outlive_the_kernel(
     expect(page.locator(".jp-OutputArea").nth(1)).to_contain_text("int64 (2,)")
     opened.shoot(".jp-Notebook", "saved-notebook")
 
-    saved = nbformat.read(jupyter_lab.log_path.parent / "notebooks" / "saved.ipynb", as_version=4)
+    saved = nbformat.read(path, as_version=4)
     for exporter in (HTMLExporter(), MarkdownExporter()):
         text, _ = exporter.from_notebook_node(saved)
         assert "int64 (2,)" in text

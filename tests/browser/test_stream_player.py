@@ -14,6 +14,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
 LOAD = "%load_ext nos"
 PLAYER = ".nos-player"
 
+#: As many frames as the figure of the player is made of.
+NUM_FIGURE = 60
 BUSY = "while True:\n    pass"
 RUNS = """() => window.jupyterapp.shell.currentWidget.content.widgets.at(-1)
   .inputArea?.promptNode.textContent.includes('*')"""
@@ -54,14 +56,13 @@ def test_frames_of_the_camera_go_through_the_server(
     opened.start(jupyter_lab, "camera.ipynb", [LOAD, "%nos stream nos/edges"], BUSY)
     page = opened.page
     page.get_by_role("button", name="Play the camera").click()
-    # The figure is made of the last 60; the first ones wait for the model.
-    wait_shown(opened, 120 if accept.strict else 30)
+    # The first ones wait for the model.
+    wait_shown(opened, 120 if accept.strict else 20)
     assert page.locator(PLAYER).get_attribute("data-road") == "server"
     # 25 per second where nothing else runs; a busy machine still shows pictures.
     accept.figure(number(opened, "fps"), 25.0, "fps", at_least=True)
     opened.shoot(PLAYER, "stream-player")
-    # As many as the figure is made of.
-    play_on_while_busy(opened, 60)
+    play_on_while_busy(opened, NUM_FIGURE if accept.strict else 15)
     accept.figure(number(opened, "fps"), 25.0, "fps beside a busy cell", at_least=True)
     page.get_by_role("button", name="Stop playing").click()
     expect(page.locator(PLAYER)).to_have_attribute("data-playing", "false")
@@ -90,10 +91,10 @@ def test_without_the_extension_frames_go_through_the_kernel_and_so_do_those_of_t
     # What a Jupyter server answers that has no extension of ours.
     page.route("**/nos/api/**", lambda route: route.fulfill(status=404))
     page.get_by_role("button", name="Play the camera").click()
-    wait_shown(opened, 120 if accept.strict else 40)
+    wait_shown(opened, 120 if accept.strict else 20)
     assert page.locator(PLAYER).first.get_attribute("data-road") == "kernel"
     accept.figure(number(opened, "fps"), 15, "fps", at_least=True)
-    play_on_while_busy(opened, 60)
+    play_on_while_busy(opened, NUM_FIGURE if accept.strict else 15)
     accept.figure(number(opened, "fps"), 15, "fps beside a busy cell", at_least=True)
     page.get_by_role("button", name="Stop playing").first.click()
     second = page.locator(PLAYER).nth(1)
