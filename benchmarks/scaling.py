@@ -2,7 +2,7 @@
 
 Usage: `python benchmarks/scaling.py [--seconds S] [--json FILE]`.
 
-- `cpu`: a model that computes for some 60 ms on one core, on 1 and 2 workers pinned to a core each.
+- `cpu`: a model that computes for some 18 ms on one core, on 1 and 2 workers pinned to a core each.
 - `sleep`: a model that sleeps 20 ms, as the host of a GPU does, on 1 to 8 workers; a client process for every
   four replicas.
 - `new replica`: from `client.scale` to its first answer, under traffic.
