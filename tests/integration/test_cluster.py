@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,6 +70,7 @@ class Cluster:
 
     folder: Path
     port: int = field(default_factory=free_port)
+    dashboard_port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class Cluster:
 
     def start_scheduler(self) -> None:
         command = scheduler_command(
-            host="127.0.0.1", port=self.port, dashboard_port=free_port(), tls=self.tls
+            host="127.0.0.1", port=self.port, dashboard_port=self.dashboard_port, tls=self.tls
         )
         self._start("scheduler", command)
 
@@ -323,18 +325,27 @@ async def test_a_lost_scheduler_is_found_again_with_all_that_was_wanted(cluster,
 
 @pytest.mark.accept("E3", "E9")
 @pytest.mark.asyncio
-async def test_dask_scales_as_the_models_need_and_closes_no_worker_that_serves(link):
+async def test_dask_scales_as_the_models_need_and_closes_no_worker_that_serves(cluster, link):
     scheduler = link._client.scheduler
     assert await scheduler.adaptive_target() == 0
     assert len(await scheduler.workers_to_close(n=2)) == 2
     await link.scale(definition(), 2, 2)
     await until(lambda: num_serving(link), 2)
     assert await scheduler.adaptive_target() == 2
+    assert await asyncio.to_thread(gauge, cluster, "dask_scheduler_desired_workers") == 2.0
     assert list(await scheduler.workers_to_close(n=2)) == []
     await link.scale(definition(), 1, 1)
     await until(lambda: num_serving(link), 1)
     assert await scheduler.adaptive_target() == 1
     assert len(await scheduler.workers_to_close(n=2)) == 1
+
+
+def gauge(cluster: Cluster, name: str) -> float:
+    """Return what the scheduler tells Prometheus."""
+    url = f"http://127.0.0.1:{cluster.dashboard_port}/metrics"
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(name)))
 
 
 @pytest.mark.asyncio

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from nos.errors import Reason
 from nos.wire.v1 import errors_pb2, models_pb2
 
+from nos_backend.cluster import refusals
 from nos_backend.cluster.launch import PlaneSettings
 from nos_backend.scheduling.autoscaling import Autoscaler, Sample
 from nos_backend.scheduling.placement import Needs, Refusal, WorkerLoad
@@ -140,17 +141,17 @@ class ServePlane(SchedulerPlugin):
         deadline = time.monotonic() + _WORKER_WAIT_S
         while not model.serving:
             if model.failure is not None:
-                return {"error": self._failed(model.failure)}
+                return {"error": refusals.failed(model.failure)}
             if self._reconciler.models.get(key) is not model:
                 message = f"model {key!r} was unloaded before it was loaded"
-                return {"error": _error(Reason.UNAVAILABLE, message, hint="Try again")}
+                return {"error": refusals.error(Reason.UNAVAILABLE, message, hint="Try again")}
             is_waiting = not model.replicas
             if is_waiting and isinstance(model.pending, Refusal) and model.pending.is_final:
                 if model.min_replicas == 0:
                     self._forget(key)
-                return {"error": self._refused(key, model)}
+                return {"error": refusals.refused(key, model, self._reconciler.workers.values())}
             if is_waiting and time.monotonic() > deadline:
-                return {"error": self._refused(key, model)}
+                return {"error": refusals.refused(key, model, self._reconciler.workers.values())}
             # Loading has a limit of its own, in the worker; waiting for a worker has this one.
             await self._await_change()
         return {"replicas": self._endpoints(key, model)}
@@ -164,7 +165,7 @@ class ServePlane(SchedulerPlugin):
             if address in self._ready and (definition["device"] != "cuda" or load.device != "cpu"):
                 arguments = {"definition": definition, "call": call, "data": data}
                 return await self._command(address, "nos_try", **arguments)
-        return {"error": _error(Reason.UNAVAILABLE, "no worker can try the model now")}
+        return {"error": refusals.error(Reason.UNAVAILABLE, "no worker can try the model now")}
 
     async def unload(self, key: str) -> dict[str, Any]:
         """Forget a model and take it off every worker that has it."""
@@ -201,7 +202,7 @@ class ServePlane(SchedulerPlugin):
             known = ", ".join(sorted(self._ready.values()))
             message = "there is no such worker"
             return {
-                "error": _error(
+                "error": refusals.error(
                     Reason.INVALID_REQUEST, message, f"one of {known}", ", ".join(sorted(unknown))
                 )
             }
@@ -210,7 +211,7 @@ class ServePlane(SchedulerPlugin):
             key, least = next(iter(pinned.items()))
             message = f"{key} must have {least} replicas, which need a worker each"
             hint = f"Scale {key.partition('@')[0]} down first"
-            return {"error": _error(Reason.INVALID_REQUEST, message, hint=hint)}
+            return {"error": refusals.error(Reason.INVALID_REQUEST, message, hint=hint)}
         for address in addresses:
             self._tell("worker-retiring", name=self._ready[address])
         self._reconciler.retire(addresses)
@@ -286,8 +287,8 @@ class ServePlane(SchedulerPlugin):
             "max_replicas": model.max_replicas,
             "target": model.target,
             "why": model.why,
-            "pending": self._reason(model),
-            "error": self._failed(failure) if failure is not None else b"",
+            "pending": refusals.why_missing(model, self._reconciler.workers.values()),
+            "error": refusals.failed(failure) if failure is not None else b"",
         }
 
     def adaptive_target(self, target_duration: Any = None) -> int:
@@ -487,7 +488,7 @@ class ServePlane(SchedulerPlugin):
         except (OSError, TimeoutError) as lost:
             _logger.info("%s on %s: %s", operation, address, lost)
             message = "the worker went away"
-            return {"lost": True, "error": _error(Reason.UNAVAILABLE, message)}
+            return {"lost": True, "error": refusals.error(Reason.UNAVAILABLE, message)}
         status = reply.pop("status", None)
         worker = self._scheduler.workers.get(address)
         if status is not None and worker is not None:
@@ -563,60 +564,6 @@ class ServePlane(SchedulerPlugin):
             )
         return sorted(found, key=lambda item: (item["num_pending"], item["worker"]))
 
-    def _reason(self, model: Model) -> str:
-        """Return why replicas are missing, for people."""
-        if model.pending is None:
-            return ""
-        if isinstance(model.pending, Failure):
-            return model.pending.message
-        loads = self._reconciler.workers.values()
-        needs, said = model.needs, model.pending.value
-        most_bytes = max((load.capacity_bytes for load in loads), default=0)
-        if model.pending is Refusal.NO_DEVICE:
-            return f"{said}: {needs.device}"
-        if model.pending is Refusal.NO_MEMORY:
-            return f"{said}: {needs.memory_bytes} bytes, of at most {most_bytes}"
-        if model.pending is Refusal.NO_ROOM:
-            return f"{said}: {needs.weight_bytes} bytes, of at most {most_bytes}"
-        return said
-
-    @staticmethod
-    def _failed(failure: Failure) -> bytes:
-        return failure.detail or _error(Reason.LOAD_FAILED, failure.message)
-
-    def _refused(self, key: str, model: Model) -> bytes:
-        loads = self._reconciler.workers.values()
-        pending = model.pending or Refusal.NO_WORKER
-        why = pending.message if isinstance(pending, Failure) else pending.value
-        message = f"model {key!r} cannot be placed: {why}"
-        if model.pending is Refusal.NO_DEVICE:
-            return _error(
-                Reason.LOAD_FAILED,
-                message,
-                expected=f"device {model.needs.device}",
-                got=", ".join(sorted({load.device for load in loads})),
-            )
-        if model.pending is Refusal.NO_PACKAGES:
-            return _error(Reason.LOAD_FAILED, message)
-        most_bytes = max((load.capacity_bytes for load in loads), default=0)
-        if model.pending is Refusal.NO_MEMORY:
-            return _error(
-                Reason.LOAD_FAILED,
-                message,
-                expected=f"at most {most_bytes} bytes",
-                got=f"{model.needs.memory_bytes} bytes",
-            )
-        if model.pending is Refusal.NO_ROOM:
-            return _error(
-                Reason.OUT_OF_MEMORY,
-                message,
-                expected=f"at most {most_bytes} bytes of weights",
-                got=f"{model.needs.weight_bytes} bytes",
-            )
-        return _error(
-            Reason.UNAVAILABLE, message, hint="A lost worker is replaced within seconds; try again"
-        )
-
 
 def _key(definition: dict[str, Any]) -> str:
     return f"{definition['name']}@v{definition['version']}"
@@ -631,18 +578,6 @@ async def _guarded(work: Coroutine[Any, Any, None]) -> None:
 
 def _plain(found: Any) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
-
-
-def _error(
-    reason: Reason, message: str, expected: str = "", got: str = "", hint: str = ""
-) -> bytes:
-    return errors_pb2.Error(
-        reason=errors_pb2.Reason.ValueType(int(reason)),
-        message=message,
-        expected=expected,
-        got=got,
-        hint=hint,
-    ).SerializeToString()
 
 
 def _profiled_bytes(raw: bytes) -> int:
