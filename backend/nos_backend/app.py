@@ -23,6 +23,7 @@ from nos_backend.cluster.link import ClusterLink
 from nos_backend.control.blobs import MAX_BLOB_BYTES, BlobStore
 from nos_backend.control.catalogue import MAX_MODELS, Catalogue
 from nos_backend.control.crew import CREW_NAME
+from nos_backend.control.describe import MAX_SOURCE_BYTES
 from nos_backend.control.registry import Registry
 from nos_backend.control.sweeping import sweep
 from nos_backend.control.tickets import TicketSigner
@@ -68,7 +69,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
     stop = _signals()
     blobs = BlobStore(arguments.state_dir / "blobs", arguments.max_upload_bytes)
     registry = Registry(arguments.state_dir, blobs)
-    catalogue = Catalogue(arguments.max_registered)
+    catalogue = Catalogue(arguments.max_registered, arguments.max_source_bytes)
     catalogue.restore(registry.read_models())
     num_removed = sweep(registry, blobs.folder, arguments.state_dir / "folders")
     if num_removed:
@@ -191,6 +192,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--weight", type=_weight, action="append", default=[], help="TENANT=SHARE of a device"
     )
     parser.add_argument("--max-registered", type=int, default=MAX_MODELS, help="names of models")
+    parser.add_argument(
+        "--max-source-bytes", type=int, default=MAX_SOURCE_BYTES, help="of one model"
+    )
     parser.add_argument(
         "--max-upload-bytes", type=int, default=MAX_BLOB_BYTES, help="files of one model"
     )

@@ -101,6 +101,14 @@ class Settings(BaseSettings):
     load_timeout_s: Annotated[float, Field(gt=0, le=300)] = 300.0
     """Seconds that each step of loading a model may take; then it has failed. Clients wait no longer than
     for the default."""
+    max_frame_bytes: Annotated[ByteSize, Field(gt=0, le=2 << 30)] = ByteSize(2 << 30)
+    """Bytes of the arrays and media of one frame or call; the default is the most that the protocol has."""
+    max_image_pixels: Annotated[int, Field(ge=1, le=150_000_000)] = 50_000_000
+    """Pixels of one image that comes as a file."""
+    max_log_lines: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Lines a second that the models of one executor may print; what exceeds them is dropped and counted."""
+    max_source_bytes: Annotated[ByteSize, Field(gt=0, le=8 << 20)] = ByteSize(1 << 20)
+    """Bytes of the source of one model."""
     max_registered: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     """Names of models that there may be, those of the server and of --models among them."""
     max_upload_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(20 << 30)

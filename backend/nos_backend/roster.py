@@ -134,6 +134,9 @@ def plan_children(
                 max_queued=settings.max_queued,
                 max_queued_bytes=settings.max_queued_bytes,
                 load_timeout_s=settings.load_timeout_s,
+                max_frame_bytes=settings.max_frame_bytes,
+                max_image_pixels=settings.max_image_pixels,
+                max_log_lines=settings.max_log_lines,
                 host=settings.worker_host or comm_host,
                 ready_file=str(ready_file),
             ),
@@ -280,6 +283,7 @@ def _gateway_command(
         *("--token-file", str(token_file)),
         *("--idle-shutdown-s", f"{settings.idle_shutdown_s:g}", "--log-level", settings.log_level),
         *("--max-registered", str(settings.max_registered)),
+        *("--max-source-bytes", str(int(settings.max_source_bytes))),
         *("--max-upload-bytes", str(int(settings.max_upload_bytes))),
         *("--max-tenant-upload-bytes", str(int(settings.max_tenant_upload_bytes))),
     ]

@@ -247,7 +247,7 @@ class Client:
         """Return the last lines that a model printed, the oldest first; loaded or not, for its owner.
 
         A line counts as printed by the model whose call ran. At most 1,000 lines and 256 KiB of each
-        model are kept, and lines beyond 100 a second are counted and dropped.
+        model are kept, and lines beyond what the server allows, 100 a second, are counted and dropped.
 
         Args:
             name: `name` or `name@v3`.

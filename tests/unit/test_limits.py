@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import zlib
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nos.errors import InvalidRequestError, LimitExceededError, NosError
 from nos.wire.limits import FRAME_BYTES, MAX_DEPTH, MAX_RANK, MAX_STREAMS
 from nos.wire.v1 import access_pb2, models_pb2, values_pb2
@@ -18,6 +20,7 @@ from nos_backend.config import load_settings
 from nos_backend.control.blobs import MAX_BLOB_BYTES, BlobStore
 from nos_backend.control.catalogue import MAX_MODELS, Catalogue
 from nos_backend.control.describe import MAX_SOURCE_BYTES, describe
+from nos_backend.control.describe_apart import describe_apart
 from nos_backend.control.folders import MAX_FILES, check_files
 from nos_backend.control.names import MAX_NAME_LENGTH, check_name
 from nos_backend.control.requirements import MAX_REQUIREMENTS, normalize
@@ -25,16 +28,31 @@ from nos_backend.control.tokens import make_token
 from nos_backend.definition import LOAD_TIMEOUT_S, ModelDefinition
 from nos_backend.executor import images
 from nos_backend.executor.failures import RefusedError
+from nos_backend.executor.log_lines import LINES_PER_S, LogLines
 from nos_backend.executor.messages import MAX_MESSAGE_BYTES, Decoder, MalformedError
+from nos_backend.executor.process import MAX_IMAGE_PIXELS
+from nos_backend.executor.values import ANY, Inputs
 from nos_backend.scheduling.admission import MAX_QUEUED, MAX_QUEUED_BYTES
+from nos_backend.worker.limits import WorkLimits
 
 pytestmark = pytest.mark.accept("F7")
 
+CPU = torch.device("cpu")
 F = "def f(x: int) -> int: return x\n"
 
 
 def source(size: int) -> None:
     describe(F.ljust(size, "#"))
+
+
+def source_of_200(size: int) -> None:
+    asyncio.run(describe_apart(F.ljust(size, "#"), "", "x", 200))
+
+
+def lines(count: int) -> None:
+    said = LogLines(7).feed(b"x\n" * count, 0.0)
+    if len(said) < count:
+        raise OverflowError
 
 
 def models(count: int) -> None:
@@ -97,8 +115,14 @@ def message(size: int) -> None:
     Decoder().feed(struct.pack("<I", size))
 
 
+def pixels(count: int) -> None:
+    node = {"m": ["image/png", 0, len(block := picture(count, 1))]}
+    Inputs(memoryview(bytearray(block)), CPU, 50).read(node, ANY, "x")
+
+
 LIMITS: dict[str, tuple[int, Callable[[int], Any], type[Exception]]] = {
     "bytes of a source": (MAX_SOURCE_BYTES, source, LimitExceededError),
+    "bytes of a source, as set": (200, source_of_200, LimitExceededError),
     "names of models": (3, models, LimitExceededError),
     "files of a model": (MAX_FILES, files, LimitExceededError),
     "bytes of a model's files": (100, bytes_of_files, LimitExceededError),
@@ -126,6 +150,13 @@ LIMITS: dict[str, tuple[int, Callable[[int], Any], type[Exception]]] = {
         InvalidRequestError,
     ),
     "bytes of a frame": (FRAME_BYTES, lambda n: Payload().add(b"", n), LimitExceededError),
+    "bytes of a frame, as set": (
+        100,
+        WorkLimits(max_frame_bytes=100).check_frame,
+        LimitExceededError,
+    ),
+    "pixels of an image, as set": (50, pixels, RefusedError),
+    "lines a second, as set": (7, lines, OverflowError),
     "dimensions": (MAX_RANK, rank, NosError),
     "depth": (MAX_DEPTH, depth, LimitExceededError),
     "bytes of an executor's message": (MAX_MESSAGE_BYTES, message, MalformedError),
@@ -161,7 +192,7 @@ def test_a_blob_of_the_limit_is_taken_and_no_larger_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("height", [9_999, 10_000, 10_001])
 def test_an_image_may_have_fifty_million_pixels(height: int) -> None:
-    assert images.MAX_PIXELS == 5_000 * 10_000
+    assert MAX_IMAGE_PIXELS == 5_000 * 10_000
     # As large a file as the image needs, so that only the number of pixels counts.
     if height <= 10_000:
         images._check_size(5_000, height, 5_000 * height, "x")
@@ -187,5 +218,9 @@ def test_what_the_server_is_told_are_the_usual_limits_unless_somebody_says_other
     assert settings.max_queued == worker.max_queued == MAX_QUEUED
     assert settings.max_queued_bytes == worker.max_queued_bytes == MAX_QUEUED_BYTES
     assert settings.load_timeout_s == worker.load_timeout_s == LOAD_TIMEOUT_S
+    assert settings.max_frame_bytes == worker.max_frame_bytes == FRAME_BYTES
+    assert settings.max_image_pixels == worker.max_image_pixels == MAX_IMAGE_PIXELS
+    assert settings.max_log_lines == worker.max_log_lines == LINES_PER_S
+    assert settings.max_source_bytes == MAX_SOURCE_BYTES
     assert settings.max_registered == MAX_MODELS
     assert settings.max_upload_bytes == MAX_BLOB_BYTES

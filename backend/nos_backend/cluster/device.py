@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from nos.errors import ConfigError
-from nos.wire.limits import MAX_STREAMS
+from nos.wire.limits import FRAME_BYTES, MAX_STREAMS
 
 from nos_backend.definition import LOAD_TIMEOUT_S
+from nos_backend.executor.log_lines import LINES_PER_S
+from nos_backend.executor.process import MAX_IMAGE_PIXELS
 from nos_backend.scheduling.admission import MAX_QUEUED, MAX_QUEUED_BYTES
 
 if TYPE_CHECKING:
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 
 #: Settings that are numbers of something.
-_COUNTS: Final = ("max_models", "max_queued", "max_streams", "max_tenant_streams", "num_sharing")
+_COUNTS: Final = (
+    *("max_image_pixels", "max_log_lines", "max_models", "max_queued"),
+    *("max_streams", "max_tenant_streams", "num_sharing"),
+)
 #: Of the largest number of 64 bits.
 _MAX_DIGITS: Final = 19
 #: Of files from the gateway, by default.
@@ -80,6 +85,12 @@ class WorkerSettings:
     """Bytes of these. `NOS_WORKER_MAX_QUEUED_BYTES`."""
     load_timeout_s: float = LOAD_TIMEOUT_S
     """Seconds that each step of a load may take. `NOS_WORKER_LOAD_TIMEOUT_S`."""
+    max_frame_bytes: int = FRAME_BYTES
+    """Bytes of one frame's arrays and media. `NOS_WORKER_MAX_FRAME_BYTES`."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pixels of one encoded image. `NOS_WORKER_MAX_IMAGE_PIXELS`."""
+    max_log_lines: int = LINES_PER_S
+    """Lines a second that the models of one executor may print. `NOS_WORKER_MAX_LOG_LINES`."""
     host: str = ""
     """Where its data plane listens; empty means where the Dask worker does. `NOS_WORKER_HOST`."""
     ready_file: str = ""

@@ -351,6 +351,9 @@ class HostPlugin(WorkerPlugin):
                 max_queued=settings.max_queued,
                 max_queued_bytes=settings.max_queued_bytes,
                 load_timeout_s=settings.load_timeout_s,
+                max_frame_bytes=settings.max_frame_bytes,
+                max_image_pixels=settings.max_image_pixels,
+                max_log_lines=settings.max_log_lines,
             ),
         )
         return self._manager

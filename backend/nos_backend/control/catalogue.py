@@ -17,7 +17,7 @@ from nos.errors import (
 )
 from nos.wire.v1 import models_pb2
 
-from nos_backend.control.describe import Description, describe
+from nos_backend.control.describe import MAX_SOURCE_BYTES, Description, describe
 from nos_backend.control.names import check_name, parse_reference
 from nos_backend.definition import ModelDefinition
 
@@ -77,8 +77,12 @@ class Entry:
 class Catalogue:
     """Models by name, in memory; belongs to the gateway's loop. What is to stay goes through `Registrar`."""
 
-    def __init__(self, max_models: int = MAX_MODELS) -> None:
+    def __init__(
+        self, max_models: int = MAX_MODELS, max_source_bytes: int = MAX_SOURCE_BYTES
+    ) -> None:
         self._max_models = max_models
+        #: Of one source that comes from somebody.
+        self.max_source_bytes = max_source_bytes
         self._entries: dict[str, Entry] = {}
         #: The highest number that each name ever had; survives deletion, so that no version is reused.
         self._last_versions: dict[str, int] = {}
@@ -280,7 +284,7 @@ class Catalogue:
         name = path.stem
         try:
             source = path.read_text(encoding="utf-8")
-            descriptions = describe(source, source_name=str(path))
+            descriptions = describe(source, source_name=str(path), max_bytes=self.max_source_bytes)
         except (OSError, UnicodeDecodeError) as error:
             self._fail(name, LOCAL_OWNER, LoadError(f"{path} cannot be read: {error}"), str(path))
             return

@@ -61,7 +61,11 @@ class Description:
 
 
 def describe(
-    source: str, *, class_name: str = "", source_name: str = "<source>"
+    source: str,
+    *,
+    class_name: str = "",
+    source_name: str = "<source>",
+    max_bytes: int = MAX_SOURCE_BYTES,
 ) -> list[Description]:
     """Return the models of a source, in its order.
 
@@ -72,16 +76,17 @@ def describe(
         source: Python source.
         class_name: The one top-level class or function wanted, whatever its decorators.
         source_name: Names the source in errors.
+        max_bytes: Of the source.
 
     Raises:
         InvalidRequestError: If it is not Python, holds no model or several candidates, an option is
             not a literal or unknown, or a shape is malformed; names the line.
-        LimitExceededError: If it is over 1 MiB.
+        LimitExceededError: If it has more than `max_bytes`.
     """
     size = len(source.encode(errors="replace"))
-    if size > MAX_SOURCE_BYTES:
+    if size > max_bytes:
         raise LimitExceededError(
-            f"{source_name} is too large", "source", f"at most {MAX_SOURCE_BYTES} bytes", str(size)
+            f"{source_name} is too large", "source", f"at most {max_bytes} bytes", str(size)
         )
     digest = hashlib.sha256(source.encode(errors="replace")).hexdigest()
     try:

@@ -25,7 +25,9 @@ _MAX_CPU_S: Final = 20
 _TIMEOUT_S: Final = 60.0
 
 
-async def describe_apart(source: str, class_name: str, source_name: str) -> list[Description]:
+async def describe_apart(
+    source: str, class_name: str, source_name: str, max_bytes: int
+) -> list[Description]:
     """Do what `describe` does, without holding up the loop.
 
     Raises:
@@ -33,13 +35,13 @@ async def describe_apart(source: str, class_name: str, source_name: str) -> list
         LimitExceededError: As `describe`.
     """
     if len(source) <= _SMALL_BYTES:
-        return describe(source, class_name=class_name, source_name=source_name)
+        return describe(source, class_name=class_name, source_name=source_name, max_bytes=max_bytes)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", __name__),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    asked = json.dumps([source, class_name, source_name]).encode()
+    asked = json.dumps([source, class_name, source_name, max_bytes]).encode()
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             answer, _ = await process.communicate(asked)
@@ -70,9 +72,11 @@ def _from_json(answer: dict[str, Any]) -> list[Description]:
     ]
 
 
-def _to_json(source: str, class_name: str, source_name: str) -> dict[str, Any]:
+def _to_json(source: str, class_name: str, source_name: str, max_bytes: int) -> dict[str, Any]:
     try:
-        descriptions = describe(source, class_name=class_name, source_name=source_name)
+        descriptions = describe(
+            source, class_name=class_name, source_name=source_name, max_bytes=max_bytes
+        )
     except NosError as error:
         return {"error": status.to_message(error).SerializeToString().hex()}
     return {

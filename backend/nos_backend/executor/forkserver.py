@@ -7,7 +7,8 @@ its socket and takes its children with it. What an executor leaves behind ends w
 Messages are packets, JSON, with descriptors beside them::
 
     worker -> fork server   fork    id, name, device, num_threads,
-                                    bounds                            + socket, input, output, log, rules?
+                                    max_image_pixels, bounds
+                                                                      + socket, input, output, log, rules?
     fork server -> worker   ready
                             forked  id, pid                           + pidfd
                             failed  id, message
@@ -156,6 +157,7 @@ def _become(request: dict[str, Any], fds: list[int], parent: int) -> Start:
         name=request["name"],
         device=request["device"],
         num_threads=request["num_threads"],
+        max_image_pixels=request["max_image_pixels"],
         socket_fd=socket_fd,
         input_fd=input_fd,
         output_fd=output_fd,

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from nos_backend.executor.failures import RefusedError
+from nos_backend.executor.process import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
     import PIL.Image
 
-MAX_PIXELS: Final = 50_000_000
 MAX_SIDE: Final = 16_384
 MAX_RATIO: Final = 100
 #: Images that decode to less are not measured by their ratio: a plain one-colour picture is no attack.
@@ -35,12 +35,12 @@ _BROKEN: Final = (
 )
 
 
-def decode(data: bytes, where: str) -> PIL.Image.Image:
+def decode(data: bytes, where: str, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image.Image:
     """Return the decoded image, its first frame if it moves; its header is checked first.
 
     Raises:
         RefusedError: INVALID_TENSOR if it is no JPEG or PNG, truncated or broken; LIMIT_EXCEEDED if it is
-            over 50 megapixels, 16384 pixels a side, or decodes to over 100 times its size.
+            over `max_pixels`, 16384 pixels a side, or decodes to over 100 times its size.
     """
     from PIL import Image, UnidentifiedImageError  # only models that take images pay for it
 
@@ -48,7 +48,7 @@ def decode(data: bytes, where: str) -> PIL.Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])
-            _check_size(image.width, image.height, len(data), where)
+            _check_size(image.width, image.height, len(data), where, max_pixels)
             image.load()
     except UnidentifiedImageError as error:
         raise RefusedError(
@@ -56,7 +56,7 @@ def decode(data: bytes, where: str) -> PIL.Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise RefusedError(
-            "LIMIT_EXCEEDED", "the image is too large", where, f"at most {MAX_PIXELS} pixels"
+            "LIMIT_EXCEEDED", "the image is too large", where, f"at most {max_pixels} pixels"
         ) from error
     except _BROKEN as error:
         raise RefusedError(
@@ -73,14 +73,16 @@ def pixels(image: PIL.Image.Image) -> np.ndarray[Any, Any]:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _check_size(width: int, height: int, encoded_bytes: int, where: str) -> None:
+def _check_size(
+    width: int, height: int, encoded_bytes: int, where: str, max_pixels: int = MAX_IMAGE_PIXELS
+) -> None:
     got = f"{width} x {height}"
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise RefusedError(
             "LIMIT_EXCEEDED",
             "the image is too large",
             where,
-            f"at most {MAX_PIXELS} pixels and {MAX_SIDE} a side",
+            f"at most {max_pixels} pixels and {MAX_SIDE} a side",
             got,
         )
     decoded = width * height * _RGB_BYTES

@@ -11,16 +11,17 @@ TAIL_LINES: Final = 200
 
 
 class LogLines:
-    """Cuts output into lines no longer than 4 KiB, and drops what exceeds 100 lines a second."""
+    """Cuts output into lines no longer than 4 KiB, and drops what exceeds so many lines a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines_per_s: int = LINES_PER_S) -> None:
+        self._lines_per_s = lines_per_s
         #: The last lines that were let through.
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._pending = b""
         #: Whether the rest of the current line is beyond its limit.
         self._skipping = False
         #: Lines that may pass now: a bucket that fills by time.
-        self._allowance = float(LINES_PER_S)
+        self._allowance = float(lines_per_s)
         self._filled_at_s = 0.0
         self._dropped = 0
 
@@ -42,7 +43,8 @@ class LogLines:
 
     def _limit(self, raw: list[bytes], now_s: float) -> list[str]:
         passed_s = max(0.0, now_s - self._filled_at_s)
-        self._allowance = min(float(LINES_PER_S), self._allowance + passed_s * LINES_PER_S)
+        most = float(self._lines_per_s)
+        self._allowance = min(most, self._allowance + passed_s * most)
         self._filled_at_s = now_s
         lines = []
         for piece in raw:
@@ -50,7 +52,7 @@ class LogLines:
                 self._dropped += 1
                 continue
             if self._dropped:
-                lines.append(f"[{self._dropped} lines dropped: over {LINES_PER_S} a second]")
+                lines.append(f"[{self._dropped} lines dropped: over {self._lines_per_s} a second]")
                 self._dropped = 0
             self._allowance -= 1
             lines.append(_text(piece))

@@ -96,7 +96,8 @@ class _Loop:
         self._running: int | None = None
         #: Calls to stop; each is running or waiting.
         self._cancelled: set[int] = set()
-        self._models = Models(start.device)
+        self._models = Models(start.device, start.max_image_pixels)
+        self._max_image_pixels = start.max_image_pixels
         #: Descriptors that came ahead of the messages that they belong to.
         self._fds: deque[int] = deque()
         self._input = Arena(start.input_fd)
@@ -219,7 +220,7 @@ class _Loop:
                 block = self._input.gather(call.pieces, call.size)
             else:
                 block = self._input.view[call.offset : call.offset + call.size]
-            inputs = Inputs(block, model.device)
+            inputs = Inputs(block, model.device, self._max_image_pixels)
             with self._inference:
                 reply = self._answer(call, model, inputs, clock)
         except RefusedError as error:

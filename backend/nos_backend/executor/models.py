@@ -63,10 +63,12 @@ class Models:
 
     Args:
         device_name: As torch writes it.
+        max_image_pixels: Of one encoded image in the arguments of a call.
     """
 
-    def __init__(self, device_name: str) -> None:
+    def __init__(self, device_name: str, max_image_pixels: int) -> None:
         self._device_name = device_name
+        self._max_image_pixels = max_image_pixels
         #: Opened once it is needed: on CUDA it costs hundreds of megabytes.
         self._device: Device | None = None
         self._constructed: dict[str, _Constructed] = {}
@@ -180,7 +182,8 @@ class Models:
         block = bytearray(os.pread(fds[0], message["size_bytes"], 0) or b"\0")
         method = model.method(message["method"])
         arguments = [(name, node) for name, node in message["args"]]
-        bound = method.bind(arguments, Inputs(memoryview(block), model.device))
+        inputs = Inputs(memoryview(block), model.device, self._max_image_pixels)
+        bound = method.bind(arguments, inputs)
         with torch.inference_mode():
             result = method.target(*bound.args, **bound.kwargs)
             if isinstance(result, types.GeneratorType):
@@ -267,15 +270,15 @@ class Models:
     def _predict(self, message: Reply, fds: list[int]) -> Reply:
         """Say what a method needs, of a model that was constructed or is served here."""
         made = self._constructed.get(message["key"])
-        sample = profiling.read_sample(
-            made.model if made else self.get(message["key"]), message, fds
-        )
+        model = made.model if made else self.get(message["key"])
+        sample = profiling.read_sample(model, message, fds, self._max_image_pixels)
         return {"points": sample.predict(message["sizes"])}
 
     def _measure(self, message: Reply, fds: list[int]) -> Reply:
         """Run a method of a model that is served here."""
         profiling.give_way()
-        sample = profiling.read_sample(self.get(message["key"]), message, fds)
+        model = self.get(message["key"])
+        sample = profiling.read_sample(model, message, fds, self._max_image_pixels)
         return {"points": [sample.measure(message["rows"], message["limit_s"], self._device)]}
 
     def _host(self, key: str, model: loading.Model, residence: Residence | None) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+MAX_IMAGE_PIXELS: Final = 50_000_000
 _PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -29,6 +30,8 @@ class Start:
     """As torch writes it."""
     num_threads: int
     """Threads of one operation."""
+    max_image_pixels: int
+    """Of one encoded image."""
     socket_fd: int
     input_fd: int
     """The arena that the worker writes."""

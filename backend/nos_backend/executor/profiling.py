@@ -50,6 +50,7 @@ class Sample:
         arguments: (name or nothing, node) each.
         data: What the nodes' offsets count from; only read here.
         joined: By parameter that holds rows, how: see `executor/messages.py`.
+        max_image_pixels: Of one encoded image.
 
     Raises:
         RefusedError: If there is no such method, or the arguments do not fit it.
@@ -62,10 +63,11 @@ class Sample:
         arguments: list[list[Any]],
         data: bytes,
         joined: dict[str, int],
+        max_image_pixels: int,
     ) -> None:
         self._model = model
         self._method = model.method(method)
-        inputs = Inputs(memoryview(bytearray(data)), model.device)
+        inputs = Inputs(memoryview(bytearray(data)), model.device, max_image_pixels)
         bound = self._method.bind([(name, node) for name, node in arguments], inputs)
         self._bound = bound
         self._rows = {
@@ -135,10 +137,13 @@ class Sample:
         return max(_working_s() - started_s, _LEAST_S)
 
 
-def read_sample(model: Model, message: dict[str, Any], fds: list[int]) -> Sample:
+def read_sample(
+    model: Model, message: dict[str, Any], fds: list[int], max_image_pixels: int
+) -> Sample:
     """Return the call that a message describes, whose bytes are in the descriptor that came with it."""
     data = os.pread(fds[0], message["size_bytes"], 0)
-    return Sample(model, message["method"], message["args"], data, message["joined"])
+    method, arguments, joined = message["method"], message["args"], message["joined"]
+    return Sample(model, method, arguments, data, joined, max_image_pixels)
 
 
 def give_way() -> None:

@@ -26,6 +26,7 @@ from nos_backend.executor.messages import (
     NODE_BYTES,
     OCTETS,
 )
+from nos_backend.executor.process import MAX_IMAGE_PIXELS
 
 if typing.TYPE_CHECKING:
     from nos_backend.normalization import Normalization
@@ -93,8 +94,11 @@ def want(annotation: Any) -> Want:
 class Inputs:
     """Makes arguments of one call; arrays on the CPU are views of its block."""
 
-    def __init__(self, block: memoryview, device: torch.device) -> None:
+    def __init__(
+        self, block: memoryview, device: torch.device, max_image_pixels: int = MAX_IMAGE_PIXELS
+    ) -> None:
         self._device = device
+        self._max_image_pixels = max_image_pixels
         #: The base of every view that a model gets: its reference count tells whether one is left.
         self._owner: Array = np.frombuffer(block, np.uint8)
 
@@ -176,7 +180,7 @@ class Inputs:
         data = self._owner[offset : offset + size].tobytes()
         if wanted.kind == "bytes" or (wanted.kind not in _BULK and mime_type == OCTETS):
             return data
-        image = images.decode(data, where)
+        image = images.decode(data, where, self._max_image_pixels)
         if wanted.kind == "image":
             return image
         array = images.pixels(image)

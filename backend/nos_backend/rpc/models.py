@@ -101,7 +101,9 @@ class ModelService(models_pb2_grpc.ModelServiceServicer):
         if request.repository or request.task:
             request = _of_repository(request)
         source_name = request.source_name or f"<{request.name or 'model'}>"
-        descriptions = await describe_apart(request.source, request.class_name, source_name)
+        descriptions = await describe_apart(
+            request.source, request.class_name, source_name, self._catalogue.max_source_bytes
+        )
         if len(descriptions) > 1:
             names = ", ".join(description.class_name for description in descriptions)
             raise InvalidRequestError(

@@ -43,6 +43,7 @@ from nos_backend.executor.messages import (
 )
 from nos_backend.worker.blocks import Block, Blocks
 from nos_backend.worker.forms import Forms, Nodes
+from nos_backend.worker.limits import WorkLimits
 from nos_backend.worker.processes import START_TIMEOUT_S, ForkServer, ProcessRequest, make_process
 from nos_backend.worker.replies import (
     NO_BYTES,
@@ -157,6 +158,7 @@ class Executor(asyncio.Protocol):
         bounds: Bounds | None = None,
         rules_fd: int | None = None,
         on_line: Callable[[str, str], None] | None = None,
+        limits: WorkLimits | None = None,
     ) -> Executor:
         """Start one and wait until it takes calls.
 
@@ -170,6 +172,7 @@ class Executor(asyncio.Protocol):
             bounds: What it is held to; None holds it to the least.
             rules_fd: Rules of landlock beside them; stays the caller's.
             on_line: Called on the loop with a model's key and each line that it printed.
+            limits: What its models may be given, and print; None for what is usual.
 
         Raises:
             ExecutorLostError: If it does not start, or the fork server is dead.
@@ -184,11 +187,14 @@ class Executor(asyncio.Protocol):
             self = cls(name, device, (Arena(input_fd), Arena(output_fd, writable=False)), log_read)
             self._socket = ours
             self._on_line = on_line or _no_line
+            limits = limits or WorkLimits()
+            self._log = LogLines(limits.max_log_lines)
             await self._loop.create_connection(lambda: self, sock=ours)
             request = ProcessRequest(
                 name=name,
                 device=device,
                 num_threads=num_threads,
+                max_image_pixels=limits.max_image_pixels,
                 python=python,
                 socket_fd=theirs.fileno(),
                 input_fd=input_fd,

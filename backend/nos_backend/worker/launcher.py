@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from nos_backend.worker.bounds import Confinement
     from nos_backend.worker.environments import Environments
+    from nos_backend.worker.limits import WorkLimits
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Launcher:
         environments: Environments | None = None,
         confinement: Confinement | None = None,
         on_line: Callable[[str, str], None] | None = None,
+        limits: WorkLimits | None = None,
     ) -> None:
         """Make a launcher; `on_line` hears each line that a model prints, with the model's key."""
         self._num_threads = num_threads
@@ -49,6 +51,7 @@ class Launcher:
         self._environments = environments
         self._confinement = confinement
         self._on_line = on_line
+        self._limits = limits
         #: The fork server of each interpreter, in the making or made. That of the server's own packages
         #: has nobody's bounds; others run what an author chose, so each owner has one.
         self._forkservers: dict[_Kind, asyncio.Task[ForkServer]] = {}
@@ -128,6 +131,7 @@ class Launcher:
                 bounds=bounds,
                 rules_fd=rules_fd,
                 on_line=self._on_line,
+                limits=self._limits,
             )
         finally:
             if rules_fd is not None:

@@ -108,7 +108,7 @@ class ModelManager:
             probes: How to look at what others use of the machine and the device.
             limits: What it takes at most; None for what is usual.
         """
-        limits = limits or WorkLimits()
+        self.limits = limits or WorkLimits()
         on_cpu = device == "cpu"
         cores = len(os.sched_getaffinity(0))
         self.device = device
@@ -135,7 +135,7 @@ class ModelManager:
             on_lost=self._on_lost,
             memory=self._memory,
             on_capped=self._on_capped,
-            limits=limits,
+            limits=self.limits,
         )
         num_threads = num_threads or (1 if on_cpu else min(cores, _CUDA_HOST_THREADS))
         self._confinement = confinement
@@ -145,6 +145,7 @@ class ModelManager:
             environments=environments,
             confinement=confinement,
             on_line=self._logs.add,
+            limits=self.limits,
         )
         self._store = HostStore(budget_bytes=options.host_bytes, folder=options.folder)
         self._loader = Loader(
@@ -152,7 +153,7 @@ class ModelManager:
             self._store,
             self._evicted,
             self._memory.note_parked,
-            limits.load_timeout_s,
+            self.limits.load_timeout_s,
         )
         self._surroundings = Surroundings(
             probes or Probes(), self._memory, self._loader, usable_bytes

@@ -66,6 +66,7 @@ class ProcessRequest:
     name: str
     device: str
     num_threads: int
+    max_image_pixels: int
     python: str
     socket_fd: int
     input_fd: int
@@ -172,6 +173,7 @@ class ForkServer:
             "name": request.name,
             "device": request.device,
             "num_threads": request.num_threads,
+            "max_image_pixels": request.max_image_pixels,
             "bounds": request.bounds.write(),
         }
         fds = [request.socket_fd, request.input_fd, request.output_fd, request.log_fd]
@@ -312,6 +314,7 @@ async def make_process(request: ProcessRequest, forkserver: ForkServer | None) -
         "--name": request.name,
         "--device": request.device,
         "--num-threads": request.num_threads,
+        "--max-image-pixels": request.max_image_pixels,
         "--socket-fd": request.socket_fd,
         "--input-fd": request.input_fd,
         "--output-fd": request.output_fd,

@@ -357,6 +357,7 @@ class Profiles:
                 entry.slot.device,
                 entry.slot.requirements,
             )
+            executor.mute()
             await executor.bind(entry.definition, weights, skeleton, LOAD_TIMEOUT_S)
             room_bytes = partial(self._room_bytes, entry.key)
             sweep = Sweep(executor, entry, self._quiet, room_bytes, budget_s)

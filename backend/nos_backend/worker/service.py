@@ -350,6 +350,7 @@ class DataPlane:
         """Serve one unary call; a generator's items come as one list."""
         spec, owner = self._open(access)
         message, data = frames.split(inference_pb2.RunRequest, raw)
+        self._manager.limits.check_frame(data.nbytes)
         deadline_s = deadline_of(message.timeout_s, self._loop.time())
         call = check_arguments(spec, message.method, message.arguments, data.nbytes)
         taken = self._manager.allocate(access.model, data.nbytes) if data.nbytes else None

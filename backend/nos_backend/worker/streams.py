@@ -28,7 +28,7 @@ from nos.errors import (
     VersionMismatchError,
 )
 from nos.wire import frames
-from nos.wire.limits import FRAME_BYTES, PROTOCOL_VERSION, RESUME, UNORDERED
+from nos.wire.limits import PROTOCOL_VERSION, RESUME, UNORDERED
 from nos.wire.signature import find_method
 from nos.wire.status import to_message
 from nos.wire.v1 import inference_pb2, values_pb2
@@ -382,10 +382,7 @@ class Stream:
                 f"at most {WINDOW_BYTES} bytes without an end",
                 f"{open_bytes}",
             )
-        if size > FRAME_BYTES:
-            raise LimitExceededError(
-                "the frame is too large", "data_bytes", f"at most {FRAME_BYTES} bytes", str(size)
-            )
+        self._manager.limits.check_frame(size)
         frame.deadline_s = deadline_of(header.timeout_s, self._loop.time())
         frame.is_bulk = header.is_bulk
         if isinstance(header, _Form):
