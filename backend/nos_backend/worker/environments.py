@@ -134,36 +134,43 @@ class Environments:
 
     async def _build(self, folder: Path, requirements: Sequence[str]) -> None:
         started_s = time.monotonic()
-        is_conda = any(_is_conda(text) for text in requirements)
         # Packages of conda know the folder that they were installed to, so they stay where they are.
+        is_conda = any(_is_conda(text) for text in requirements)
         building = folder if is_conda else folder.with_suffix(f".{os.getpid()}")
-        packages = [text for text in requirements if not _is_conda(text)]
+        shutil.rmtree(folder, ignore_errors=True)  # of a builder that died
         try:
-            if is_conda:
-                command = _conda_command(building, requirements)
-                shutil.rmtree(building, ignore_errors=True)  # of a builder that died
-            else:
-                command = [sys.executable, "-m", "venv", "--without-pip", str(building)]
-            await self._run(command, building)
-            paths = {"base": str(building), "platbase": str(building)}
-            site = Path(sysconfig.get_path("purelib", "venv", paths))
-            (site / "nos-base.pth").write_text(f"{self._base_folder()}\n")
-            pip = [sys.executable, "-m", "pip", "--python", str(building / "bin" / "python")]
-            options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-            install = ["install", *options, "--no-warn-script-location", "--only-binary", ":all:"]
-            if packages:
-                await self._run([*pip, *install, *packages], building)
-            for name in _BASE:
-                if (site / name).exists():
-                    _logger.info("environment %s has a %s of its own", folder.name, name)
-            (building / _MARK).write_text("\n".join(requirements) + "\n")
-            if building != folder:
-                shutil.rmtree(folder, ignore_errors=True)
-                building.rename(folder)
-        finally:
-            if building != folder or not (folder / _MARK).exists():
-                shutil.rmtree(building, ignore_errors=True)
+            await self._fill(building, requirements)
+            building.rename(folder)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         _logger.info("built environment %s in %.1f s", folder.name, time.monotonic() - started_s)
+
+    async def _fill(self, folder: Path, requirements: Sequence[str]) -> None:
+        """Make a whole environment of a folder that is not there.
+
+        Raises:
+            LoadError: If a step of it fails.
+        """
+        packages = [text for text in requirements if not _is_conda(text)]
+        if len(packages) < len(requirements):
+            command = _conda_command(folder, requirements)
+        else:
+            command = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
+        await self._run(command, folder)
+        paths = {"base": str(folder), "platbase": str(folder)}
+        site = Path(sysconfig.get_path("purelib", "venv", paths))
+        (site / "nos-base.pth").write_text(f"{self._base_folder()}\n")
+        # Not uv, even where it is present: it does not count the packages of the layer below as installed.
+        pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+        options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+        install = ["install", *options, "--no-warn-script-location", "--only-binary", ":all:"]
+        if packages:
+            await self._run([*pip, *install, *packages], folder)
+        for name in _BASE:
+            if (site / name).exists():
+                _logger.info("environment %s has a %s of its own", folder.name, name)
+        (folder / _MARK).write_text("\n".join(requirements) + "\n")
 
     async def _run(self, command: list[str], folder: Path) -> None:
         """Run a step of a build, and end it when it takes too long or too much room.
