@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import grpc
+import nos
 import pytest
 from nos.wire.limits import TOKEN_KEY
 from nos.wire.v1 import models_pb2, models_pb2_grpc
@@ -144,6 +145,17 @@ def test_gateway_with_1000_models_is_ready_within_3_s(
         stub = models_pb2_grpc.ModelServiceStub(channel)
         request = models_pb2.ListModelsRequest(pattern="net-")
         assert len(stub.ListModels(request, metadata=METADATA).models) == 1000
+
+
+def test_damaged_registry_is_said_in_the_status(flags: Flags, start: Start) -> None:
+    folder = Path(flags["--state-dir"])
+    folder.mkdir(mode=0o700)
+    (folder / FILE_NAME).write_bytes(b"no database " * 1000)
+    address = ready(flags, start(flags))
+    with nos.connect(address, token=TOKEN) as client:
+        (notice,) = client.status().notices
+        assert "quarantine" in notice
+        assert notice in str(client.status())
 
 
 def injected(folder: Path, call: str, error: str, when: str) -> tuple[list[str], int]:

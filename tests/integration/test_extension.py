@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -74,10 +75,16 @@ def connect(jupyter: Jupyter, path: str, cookie: str, origin: str) -> websocket.
     return websocket.create_connection(url, cookie=cookie, origin=origin, timeout=60)
 
 
-def connect_with_token(jupyter: Jupyter, path: str) -> websocket.WebSocket:
+@contextmanager
+def connected(jupyter: Jupyter, path: str) -> Iterator[websocket.WebSocket]:
     url = f"{jupyter.origin}{jupyter.base_url}{path}".replace("http", "ws", 1)
     header = [f"Authorization: token {TOKEN}"]
-    return websocket.create_connection(url, header=header, timeout=60)
+    socket = websocket.create_connection(url, header=header, timeout=60)
+    try:
+        yield socket
+        socket.close()
+    finally:
+        socket.shutdown()  # one that the server closed first is still open here
 
 
 def kernel_environment(server: Jupyter) -> dict[str, str]:
@@ -200,28 +207,26 @@ def test_models_are_listed_loaded_and_unloaded(with_backend: Jupyter) -> None:
 
 
 def test_events_come_over_a_websocket(with_backend: Jupyter) -> None:
-    socket = connect_with_token(with_backend, "nos/api/v1/ws/events?interval_s=0.001")
-    event = json.loads(socket.recv())
-    while event["kind"] != "status":
+    with connected(with_backend, "nos/api/v1/ws/events?interval_s=0.001") as socket:
         event = json.loads(socket.recv())
+        while event["kind"] != "status":
+            event = json.loads(socket.recv())
     assert event["status"]["workers"]
-    socket.close()
 
 
 def test_frames_go_through_a_model_and_a_bad_one_fails_alone(with_backend: Jupyter) -> None:
     file = io.BytesIO()
     Image.new("RGB", (32, 24), "white").save(file, "JPEG")
-    socket = connect_with_token(with_backend, "nos/api/v1/ws/stream/nos/edges")
-    socket.send(json.dumps({"method": "__call__", "arguments": {"gain": 2.0}}))
     answers = []
-    for seq, payload in ((1, file.getvalue()), (2, b"no image"), (3, file.getvalue())):
-        socket.send_binary(frames.pack({"seq": seq}, payload))
-        answers.append(frames.unpack(socket.recv()))
+    with connected(with_backend, "nos/api/v1/ws/stream/nos/edges") as socket:
+        socket.send(json.dumps({"method": "__call__", "arguments": {"gain": 2.0}}))
+        for seq, payload in ((1, file.getvalue()), (2, b"no image"), (3, file.getvalue())):
+            socket.send_binary(frames.pack({"seq": seq}, payload))
+            answers.append(frames.unpack(socket.recv()))
     assert [header["seq"] for header, _ in answers] == [1, 2, 3]
     assert answers[1][0]["failure"]["name"] == "InvalidTensorError"
     assert answers[2][0]["view"] == {"kind": "pixels", "shape": [24, 32]}
     assert len(answers[2][1]) == 24 * 32
-    socket.close()
 
 
 @pytest.mark.parametrize(
@@ -231,12 +236,12 @@ def test_frames_go_through_a_model_and_a_bad_one_fails_alone(with_backend: Jupyt
 def test_a_stream_that_cannot_be_is_closed_with_a_sentence(
     with_backend: Jupyter, model: str, first: str
 ) -> None:
-    socket = connect_with_token(with_backend, f"nos/api/v1/ws/stream/{model}")
-    socket.send(first)
-    opcode, closing = socket.recv_data()
+    with connected(with_backend, f"nos/api/v1/ws/stream/{model}") as socket:
+        socket.send(first)
+        opcode, said = socket.recv_data()
     assert opcode == websocket.ABNF.OPCODE_CLOSE
-    assert int.from_bytes(closing[:2], "big") == 1008
-    assert len(closing) > 10
+    assert int.from_bytes(said[:2], "big") == 1008
+    assert len(said) > 10
 
 
 @pytest.mark.accept("G3")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-import time
 from pathlib import Path
 
 import ml_dtypes
-import nos
 import numpy as np
 import pytest
 from nos.errors import InvalidRequestError, InvalidTensorError
@@ -190,21 +188,3 @@ def test_a_model_that_was_unloaded_is_loaded_by_its_next_call(client):
 
 def test_echo_counts(client):
     assert list(client.model("nos/echo").count(5)) == [0, 1, 2, 3, 4]
-
-
-@pytest.mark.accept("A3")
-def test_a_fresh_server_is_ready_and_answers_soon(tmp_path, accept):
-    from tests.servers import start_server
-
-    start_s = time.perf_counter()
-    server = start_server(tmp_path)
-    ready_s = time.perf_counter() - start_s
-    try:
-        with nos.connect(server.address, token_file=str(server.token_file)) as client:
-            answer = client.model("nos/digits").labels(np.zeros((8, 8), np.float32))
-        answered_s = time.perf_counter() - start_s
-    finally:
-        server.stop()
-    assert answer.shape == ()
-    accept.figure(ready_s, 10.0, "s until ready")
-    accept.figure(answered_s - ready_s, 3.0, "s more until the first answer")
