@@ -63,18 +63,21 @@ class ServingWorker(Worker):
 
     def __init__(self, *args: Any, plugins: tuple[WorkerPlugin, ...] = (), **kwargs: Any) -> None:
         self._nos_host = HostPlugin(WorkerSettings.from_environ(os.environ))
+        #: Whether it was one of the cluster's; before, its nanny waits to hear why it is not.
+        self._has_joined = False
         super().__init__(*args, plugins=(*plugins, self._nos_host), **kwargs)
 
     async def start_unsafe(self) -> ServingWorker:
         """Start and register; then leave word for the supervisor where it asked for that."""
         await super().start_unsafe()  # type: ignore[no-untyped-call]
+        self._has_joined = True
         self._nos_host.announce()
         return self
 
     async def close(self, *args: Any, **kwargs: Any) -> str | None:  # type: ignore[override]
         """Close as any worker does; where a nanny started this process, end it with that."""
         closed = await super().close(*args, **kwargs)
-        if closed and self.nanny:
+        if closed and self.nanny and self._has_joined:
             # Nothing is left to do, and Dask would wait 2 s for a word of the nanny's that does not come.
             asyncio.get_running_loop().call_soon(os._exit, 0)
         return closed
