@@ -55,11 +55,13 @@ long: $(ENVIRONMENT) ## Run the tests that `make test` leaves out for their time
 	@$(PY) -m pytest --long -m long $(ARGS)
 
 lint: $(ENVIRONMENT) $(PROTO_ENVIRONMENT) ## Check style, layers, protocol and generated code
-	@.venv/bin/ruff check --quiet .
-	@.venv/bin/ruff format --quiet --check .
-	@.venv/bin/buf lint
-	@output=$$(.venv-proto/bin/python proto/generate.py --check 2>&1) || { echo "$$output"; exit 1; }
-	@output=$$(.venv/bin/lint-imports 2>&1) || { echo "$$output"; exit 1; }
+	@.venv/bin/ruff check --quiet . || { echo "lint: style (ruff check); make format repairs some of it"; exit 1; }
+	@.venv/bin/ruff format --quiet --check . || { echo "lint: format (ruff format); make format repairs it"; exit 1; }
+	@.venv/bin/buf lint || { echo "lint: protocol (buf)"; exit 1; }
+	@output=$$(.venv-proto/bin/python proto/generate.py --check 2>&1) || \
+	  { echo "$$output"; echo "lint: generated code is not that of proto/; make proto generates it"; exit 1; }
+	@output=$$(.venv/bin/lint-imports 2>&1) || \
+	  { echo "$$output" | sed -n '/^Broken contracts/,$$p'; echo "lint: layers; the broken contract is in pyproject.toml"; exit 1; }
 	@$(PY) -m tests.accept --check
 	@echo "lint: clean"
 
