@@ -30,8 +30,9 @@ def number(opened: Lab, name: str) -> float:
 
 
 def wait_shown(opened: Lab, count: int) -> None:
+    # Playwright would look at every repaint, and so have the page repaint at 60 Hz.
     opened.page.wait_for_function(
-        f"() => Number(document.querySelector('{PLAYER}').dataset.shown) >= {count}"
+        f"() => Number(document.querySelector('{PLAYER}').dataset.shown) >= {count}", polling=200
     )
 
 

@@ -59,9 +59,10 @@ export function closeVideo(video) {
 }
 
 const QUALITY = 0.85;
-const WORK = `onmessage = async ({ data: { bitmap, quality } }) => {
-  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-  canvas.getContext("bitmaprenderer").transferFromImageBitmap(bitmap);
+const WORK = `onmessage = async ({ data: { picture, width, height, quality } }) => {
+  const canvas = new OffscreenCanvas(width, height);
+  canvas.getContext("2d").drawImage(picture, 0, 0, width, height);
+  picture.close();
   postMessage(await canvas.convertToBlob({ type: "image/jpeg", quality }));
 };`;
 
@@ -77,13 +78,13 @@ export class Encoder {
 
   /** @param {HTMLVideoElement} video @param {number} most  the longest side @returns {Promise<Blob>} */
   async encode(video, most) {
-    const { videoWidth: width, videoHeight: height } = video;
-    const scale = Math.min(1, most / Math.max(width, height, 1));
-    const size = scale < 1 ? { resizeWidth: Math.round(width * scale), resizeHeight: Math.round(height * scale) } : {};
-    const bitmap = await createImageBitmap(video, size);
+    const scale = Math.min(1, most / Math.max(video.videoWidth, video.videoHeight, 1));
+    const [width, height] = [video.videoWidth, video.videoHeight].map((side) => Math.max(1, Math.round(side * scale)));
+    // A frame is handed over as it is; a bitmap of it would be made in the page's own thread.
+    const picture = window.VideoFrame ? new VideoFrame(video) : await createImageBitmap(video);
     return new Promise((resolve) => {
       this.waiting.push(resolve);
-      this.worker.postMessage({ bitmap, quality: QUALITY }, [bitmap]);
+      this.worker.postMessage({ picture, width, height, quality: QUALITY }, [picture]);
     });
   }
 

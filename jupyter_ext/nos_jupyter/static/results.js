@@ -127,11 +127,16 @@ function tinted([count, height, width], masks) {
   return canvas;
 }
 
+/** What each canvas was last drawn from: live frames are drawn on it again, or 30 MB a second would be thrown away. @type {WeakMap<HTMLCanvasElement, ImageData>} */
+const lastPixels = new WeakMap();
+
 /** Draws rows of pixels of 1, 3 or 4 channels. @param {HTMLCanvasElement} canvas @param {number[]} shape @param {Uint8Array} bytes */
 export function drawPixels(canvas, shape, bytes) {
   const [height, width, channels = 1] = shape;
   resize(canvas, width, height);
-  const image = new ImageData(width, height);
+  const last = lastPixels.get(canvas);
+  const image = last?.width === width && last.height === height ? last : new ImageData(width, height);
+  lastPixels.set(canvas, image);
   const words = new Uint32Array(image.data.buffer);
   if (channels === 1) for (let at = 0; at < words.length; at++) words[at] = 0xff000000 | (bytes[at] * 0x10101);
   else if (channels === 4) image.data.set(bytes);
