@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import nos
 import pytest
 from jupyter_client import BlockingKernelClient, KernelManager
 from nbclient import NotebookClient
+from nos.errors import ModelNotFoundError
 
 from tests.browser.lab import isolated
-from tests.servers import FAKE_MODELS, ROOT, Server, find_weights, wait_for
+from tests.servers import FAKE_MODELS, ROOT, Server, wait_for
 
 REPLY_S = 60.0
 
@@ -170,11 +172,14 @@ def test_a_notebook_starts_uses_and_stops_a_backend(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of somebody who runs the examples one after the other, and so one server."""
-    folder = tmp_path_factory.mktemp("reader")
-    yield {**isolated(folder), "NOS_WEIGHTS_DIR": str(find_weights(folder / "weights"))}
-    nos.stop(state_dir=folder / "nos")
+def reader(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[dict[str, str]]:
+    """The environment of somebody whose server runs already, so that `%nos start` joins it."""
+    yield {**isolated(tmp_path_factory.mktemp("reader")), "NOS_STATE_DIR": str(server.state_dir)}
+    with (
+        nos.connect(server.address, token_file=str(server.token_file)) as client,
+        contextlib.suppress(ModelNotFoundError),
+    ):
+        client.unregister("me/templates")
 
 
 @pytest.mark.accept("G4")
@@ -374,37 +379,45 @@ def test_two_notebooks_and_a_terminal_use_one_backend(
     client: nos.Client,
     tmp_path: Path,
 ) -> None:
-    token = client.create_token("bob", role="author")
-    key = tmp_path / "bob"
-    key.write_text(token.secret)
-    kernel.good(ADDER.replace("me/adder", "me/shared"))
-    bob = make_kernel()
+    people = {"ann": "author", "bob": "author", "carol": "viewer"}
+    tokens = {name: client.create_token(name, role=role) for name, role in people.items()}
+    for name, token in tokens.items():
+        (tmp_path / name).write_text(token.secret)
+    ann, bob = kernel, make_kernel()
     bob.good("%load_ext nos")
-    bob.good(f"%nos connect {server.address} --token-file {key}")
+    connect = f"%nos connect {server.address} --token-file {tmp_path}"
+    ann.good(f"{connect}/ann")
+    bob.good(f"{connect}/bob")
+
+    def carol(*words: str) -> subprocess.CompletedProcess[str]:
+        where = ["--address", server.address, "--token-file", str(tmp_path / "carol")]
+        command = [sys.executable, "-m", "nos.cli", *where, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
     try:
-        assert "42" in bob.good("%nos run me/shared {41}").text
-        assert "another owner's" in bob.run("%nos unregister me/shared").error[0]
+        ann.good(ADDER.replace("me/adder", "ann/adder"))
         bob.good(ADDER.replace("me/adder", "bob/adder"))
-        assert "bob/adder" in kernel.good("%nos models").text
-        command = [sys.executable, "-m", "nos.cli", "--address", server.address]
-        terminal = subprocess.run(
-            [*command, "--token-file", str(key), "models"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        for name in ("me/shared", "bob/adder"):
-            assert name in terminal.stdout
-        for notebook in (kernel, bob):
+        for notebook, others in ((ann, "bob/adder"), (bob, "ann/adder")):
+            assert others in notebook.good("%nos models").text
+            assert "42" in notebook.good(f"%nos run {others} {{41}}").text
+            assert "another owner's" in notebook.run(f"%nos unregister {others}").error[0]
+        listed = carol("models")
+        assert listed.returncode == 0, listed.stderr
+        assert {"ann/adder", "bob/adder"} <= set(re.findall(r"\w+/\w+", listed.stdout))
+        refused = carol("unload", "ann/adder")
+        assert refused.returncode != 0
+        assert "viewer" in refused.stderr
+        for notebook in (ann, bob):
             assert notebook.good("import sys\n'torch' in sys.modules").text == "False"
             pid = notebook.good("import os\nos.getpid()").text
             # Who holds device memory has the driver mapped.
             assert "nvidia" not in Path(f"/proc/{pid}/maps").read_text()
     finally:
-        bob.run("%nos unregister bob/adder")
-        kernel.run("%nos unregister me/shared")
-        client.revoke_token(token.info.token_id)
+        kernel.good(f"%nos connect {server.address} --token-file {server.token_file}")
+        for name in ("ann/adder", "bob/adder"):
+            kernel.run(f"%nos unregister {name}")
+        for token in tokens.values():
+            client.revoke_token(token.info.token_id)
 
 
 def test_help_lists_the_commands(kernel: Kernel) -> None:
