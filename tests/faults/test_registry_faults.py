@@ -94,11 +94,12 @@ def test_no_acknowledged_registration_is_lost_to_kill_9(
     chance = random.Random(SEED)
     authors = Authors()
     num_killed = 0
-    for life in range(1, NUM_KILLS + 1):
+    num_kills = NUM_KILLS if accept.strict else NUM_KILLS // 2
+    for life in range(1, num_kills + 1):
         gateway = start(flags)
         address = ready(flags, gateway)
         Path(flags["--run-dir"], "gateway.ready").unlink()
-        limit = len(authors.acknowledged) + NUM_REGISTRATIONS // NUM_KILLS + 1
+        limit = len(authors.acknowledged) + NUM_REGISTRATIONS // num_kills + 1
         threads = [
             threading.Thread(target=authors.work, args=(address, 1_000_000))
             for _ in range(NUM_AUTHORS)
@@ -114,7 +115,7 @@ def test_no_acknowledged_registration_is_lost_to_kill_9(
         gateway.wait()
         for thread in threads:
             thread.join()
-    assert num_killed == NUM_KILLS
+    assert num_killed == num_kills
     assert len(authors.acknowledged) >= NUM_REGISTRATIONS
     lost = num_lost(Path(flags["--state-dir"]), authors.acknowledged)
     accept.figure(lost, 0, f"of {len(authors.acknowledged)} acknowledged lost")
@@ -138,13 +139,14 @@ def seeded(folder: Path, count: int) -> Path:
 def test_gateway_with_1000_models_is_ready_within_3_s(
     flags: Flags, start: Start, accept: Accept
 ) -> None:
-    seeded(Path(flags["--state-dir"]), 1000)
+    count = 1000 if accept.strict else 200
+    seeded(Path(flags["--state-dir"]), count)
     started_s = time.monotonic()
     with grpc.insecure_channel(ready(flags, start(flags))) as channel:
         accept.figure(time.monotonic() - started_s, 3.0, "s")
         stub = models_pb2_grpc.ModelServiceStub(channel)
         request = models_pb2.ListModelsRequest(pattern="net-")
-        assert len(stub.ListModels(request, metadata=METADATA).models) == 1000
+        assert len(stub.ListModels(request, metadata=METADATA).models) == count
 
 
 def test_damaged_registry_is_said_in_the_status(flags: Flags, start: Start) -> None:
@@ -204,7 +206,7 @@ def test_what_was_acknowledged_is_readable_whichever_write_failed(
     seed = seeded(tmp_path / "seed", 2)
     num_injected = 0
     outcomes: collections.Counter[str] = collections.Counter()
-    for number in range(1, 100, 1 if accept.strict else 7):
+    for number in range(1, 100, 1 if accept.strict else 11):
         folder = shutil.copytree(seed, tmp_path / f"state-{number}")
         said, count = injected(folder, call, error, f"{number}{more}")
         words = [line.split() for line in said]
