@@ -86,7 +86,10 @@ def roles(status: Any, state_dir: Path) -> dict[str, list[psutil.Process]]:
     found: dict[str, list[psutil.Process]] = {"gateway": [], "worker": [], "executor": []}
     workers = {worker.pid for worker in status.workers}
     for process in psutil.Process(record["pid"]).children(recursive=True):
-        line = " ".join(process.cmdline())
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:  # it has ended, and may wait for its parent to see that
+            continue
         if process.pid in workers:
             found["worker"].append(process)
         elif "nos_backend.app" in line:
