@@ -255,7 +255,6 @@ export class ImageInput {
 
   async #toggleCamera() {
     if (this.video) {
-      this.file = await encode(this.video, this.scratch);
       this.#stopCamera();
       return;
     }
@@ -271,6 +270,7 @@ export class ImageInput {
     this.canvas.width = this.video.videoWidth;
     this.canvas.height = this.video.videoHeight;
     this.pad.isOn = false;
+    this.file = null;
     this.#fill();
     const paint = () => {
       if (!this.video) return;
@@ -295,7 +295,8 @@ export class ImageInput {
 
   async read() {
     if (this.isEmpty) return missing(this.parameter);
-    const blob = this.video ? await encode(this.video, this.scratch) : (this.file ?? (await encode(this.canvas, this.scratch)));
+    // Of a camera, too, what is shown: a later frame is another picture.
+    const blob = this.file ?? (await encode(this.canvas, this.scratch));
     return { buffer: await blob.arrayBuffer(), as: "media" };
   }
 
