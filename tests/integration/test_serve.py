@@ -109,6 +109,7 @@ def test_server_starts_quickly_answers_soon_and_leaves_nothing(tmp_path, accept)
         "logs",
         "blobs",
         "environments",
+        "files",
         "folders",
         "homes",
         "registry.db",
