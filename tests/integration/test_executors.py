@@ -29,6 +29,7 @@ from nos.errors import (
     OverloadedError,
 )
 from nos_backend.definition import ModelDefinition
+from nos_backend.executor.messages import ShortResult
 from nos_backend.worker.executors import Executor, ForkServer, LoadedModel, Reply
 from PIL import Image
 
@@ -60,6 +61,8 @@ class Mix:
 
     def about(self): return {"device": self.device, "training": self.net.training, "factor": self.factor}
     def echo(self, x): return x
+    def copy(self, x): return x.copy()
+    def middle(self, x): return x[2:5]
     def kind(self, x): return type(x).__name__
     def image(self, x: Image.Image): return [type(x).__name__, list(x.size), x.mode]
     def pixels(self, x: np.ndarray): return x
@@ -75,6 +78,8 @@ class Mix:
         before, self.last = self.last, x
         return before
     def spoil(self, x): x += 1; return x
+    def hold(self, x): self.last = x; return x
+    def spoil_last(self): self.last += 1
     def bad(self, x): return helper(x)
     def odd(self): return {1, 2}
     def quit(self): sys.exit(3)
@@ -362,6 +367,32 @@ async def test_a_model_that_changes_its_input_changes_only_its_own(mix: Caller) 
         reply.release()
 
 
+@pytest.mark.parametrize(("method", "kept"), [("echo", slice(None)), ("middle", slice(2, 5))])
+async def test_a_result_that_lies_in_its_input_stays_there(
+    mix: Caller, method: str, kept: slice
+) -> None:
+    sent = np.arange(1000)
+    reply = await mix.receive(mix.send(method, sent))
+    other = await mix.receive(mix.send("echo", np.zeros(1000)))  # takes other memory
+    np.testing.assert_array_equal(value_of(reply.node, reply.block), sent[kept])
+    memory = np.frombuffer(mix.executor._input.view, np.uint8)
+    assert np.shares_memory(np.frombuffer(reply.block, np.uint8), memory)
+    del memory
+    for it in (reply, other):
+        it.release()
+    assert mix.executor._input.used_bytes == 0
+
+
+async def test_a_result_that_the_model_holds_is_not_changed_by_it(mix: Caller) -> None:
+    reply = await mix.receive(mix.send("hold", np.full(1000, 7)))
+    await mix("spoil_last")
+    assert (value_of(reply.node, reply.block) == 7).all()
+    reply.release()
+    await mix("keep", None)
+    await mix("echo", 1)
+    assert mix.executor._input.used_bytes == 0
+
+
 async def test_a_full_input_arena_refuses_and_a_released_block_makes_room(mix: Caller) -> None:
     block = mix.executor.allocate(64 << 20)
     with pytest.raises(OverloadedError, match="no room"):
@@ -378,9 +409,9 @@ async def test_results_beyond_the_arena_wait_for_room_and_too_large_ones_fail(
 ) -> None:
     async with fresh(forkserver, arena_bytes=1 << 20) as caller:
         big = np.zeros(600_000, np.uint8)
-        first = caller.send("echo", big)
+        first = caller.send("copy", big)
         held = await caller.receive(first)
-        second = caller.send("echo", big)
+        second = caller.send("copy", big)
         await asyncio.sleep(0.05)
         assert caller.replies[second].empty()
         held.release()
@@ -598,7 +629,15 @@ async def test_calls_that_recur_are_told_apart_however_many_forms_there_are(
                 reply.release()
 
 
+def in_place(offset: int, size: int) -> str:
+    """A result that is said to lie in the input of the first call."""
+    node = b'{"t":["uint8",[3],0]}'
+    return ShortResult(1, offset, size, 0.0, False, True, node).encode()[4:].decode()
+
+
 LIES = [
+    in_place(64, 3),
+    in_place(1, 3),
     "\x02" + "\x00" * 40,
     '{"op":"result","id":1,"compute_s":0,"node":{"t":["uint8",[99],0]},"block":[0,9]}',
     '{"op":"result","id":1,"compute_s":0,"node":1,"block":[0,1e999]}',
@@ -616,7 +655,7 @@ async def test_an_executor_that_breaks_the_protocol_is_killed(
 ) -> None:
     source = """
 import os, struct
-def Lie(body):
+def Lie(body, block):
     body = body.encode()
     for n in os.listdir("/proc/self/fd"):
         try:
@@ -629,7 +668,7 @@ def Lie(body):
         async with running(forkserver) as executor:
             await executor.load(definition("Lie", source), 60)
             caller = Caller(executor, "test/lie@v1")
-            reply = await caller.receive(caller.send("__call__", lie))
+            reply = await caller.receive(caller.send("__call__", lie, np.zeros(3, np.uint8)))
             assert isinstance(reply.error, ExecutorLostError), lie
             assert "broke the protocol" in await executor.closed
 

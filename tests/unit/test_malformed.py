@@ -379,7 +379,7 @@ SAID: list[bytes] = [
     encode({"op": "unkept", "ids": [1, 2]}),
     encode({"op": "doomed", "reason": "x"}),
     encode({"op": "need"}),
-    ShortResult(1, 0, 3, 0.5, False, b'{"t":["uint8",[3],0]}').encode(),
+    ShortResult(1, 0, 3, 0.5, False, False, b'{"t":["uint8",[3],0]}').encode(),
     ShortCall(1, 0, 0, 3, [1]).encode(),
 ]
 

@@ -223,6 +223,9 @@ class _Loop:
             inputs = Inputs(block, model.device, self._max_image_pixels)
             with self._inference:
                 reply = self._answer(call, model, inputs, clock)
+            if "in_place" in reply and inputs.kept:
+                # The model holds it, and may change it while it is sent.
+                self._copy_out(reply, call_id)
         except RefusedError as error:
             reply["error"] = error.facts
         except NoWireFormError as error:
@@ -255,9 +258,11 @@ class _Loop:
             self._send(reply)
             return
         node = encode_node(reply["node"])
-        is_kept = "kept" in reply
+        is_kept, is_in_place = "kept" in reply, "in_place" in reply
         offset, size = block
-        result = ShortResult(reply["id"], offset, size, reply["compute_s"], is_kept, node)
+        result = ShortResult(
+            reply["id"], offset, size, reply["compute_s"], is_kept, is_in_place, node
+        )
         self._peer.sendall(result.encode())
 
     def _facts(self, error: BaseException, source_name: str) -> dict[str, Any]:
@@ -282,7 +287,10 @@ class _Loop:
         bound = method.bind(call.form["args"], inputs)
         value = self._run(method.target, bound, clock, model.device)
         if not isinstance(value, Iterator):
-            return {"op": "result", "id": call_id, **self._place(value, call_id)}
+            placed = self._place(value, call_id, inputs if call.pieces is None else None)
+            if "in_place" in placed:
+                placed["block"][0] += call.offset
+            return {"op": "result", "id": call_id, **placed}
         del bound
         try:
             while True:
@@ -314,11 +322,13 @@ class _Loop:
         with clock.running(device):
             return target(*bound.args, **bound.kwargs)
 
-    def _place(self, value: Any, call_id: int) -> Message:
-        """Copy a result to the output arena; waits for room."""
+    def _place(self, value: Any, call_id: int, inputs: Inputs | None = None) -> Message:
+        """Copy a result to the output arena, where it does not lie in `inputs`; waits for room."""
         outputs = Outputs(value, self._output.size_bytes)
         if not outputs.size:
             return {"node": outputs.node, "block": None}
+        if inputs is not None and (at := outputs.find_in(inputs)) is not None:
+            return {"node": outputs.node, "block": [at, outputs.size], "in_place": True}
         if outputs.size > self._output.size_bytes:
             raise RefusedError(
                 "LIMIT_EXCEEDED",
@@ -326,16 +336,26 @@ class _Loop:
                 expected=f"at most {self._output.size_bytes} bytes",
                 got=str(outputs.size),
             )
+        offset = self._find_room(outputs.size, call_id)
+        outputs.copy_to(self._output.view[offset : offset + outputs.size])
+        return {"node": outputs.node, "block": [offset, outputs.size]}
+
+    def _copy_out(self, reply: Message, call_id: int) -> None:
+        """Copy a result that lies in its call's input to the output arena; waits for room."""
+        start, size = reply["block"]
+        offset = self._find_room(size, call_id)
+        self._output.view[offset : offset + size] = self._input.view[start : start + size]
+        reply["block"] = [offset, size]
+        del reply["in_place"]
+
+    def _find_room(self, size: int, call_id: int) -> int:
         asked = False
         while True:
             try:
-                offset = self._output.allocate(outputs.size)
-                break
+                return self._output.allocate(size)
             except ArenaFullError:
                 self._wait_for_free(call_id, asked=asked)
                 asked = True
-        outputs.copy_to(self._output.view[offset : offset + outputs.size])
-        return {"node": outputs.node, "block": [offset, outputs.size]}
 
     def _pause(self, call_id: int) -> None:
         """Between items: see whether the caller left, and let a slow one catch up."""

@@ -47,7 +47,8 @@ the model still holds views of the call's input, whose block is therefore not to
 
 Most calls differ from one before them in their id and block only. So a call may have `form`, a number for its
 key, method and args; one that comes later with the same is `ShortCall`, and what tensors it results in
-`ShortResult`: a byte that no JSON starts with, and numbers.
+`ShortResult`: a byte that no JSON starts with, and numbers. Its block may be a part of the call's own input,
+where that is what the model returned and does not hold any more; it is the worker's as that was.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 _LENGTH: Final = struct.Struct("<I")
 _SHORT_CALL: Final = struct.Struct("<IBQQQQH")
-_SHORT_RESULT: Final = struct.Struct("<IBQQQd?")
+_SHORT_RESULT: Final = struct.Struct("<IBQQQd??")
 _OFFSET: Final = struct.Struct("<Q")
 _CALL, _RESULT = 1, 2
 #: The most offsets that a short call gives back.
@@ -126,7 +127,7 @@ class ShortCall(NamedTuple):
 
 
 class ShortResult(NamedTuple):
-    """The result of a call, with bytes in the output arena."""
+    """The result of a call, with bytes in the output arena, or in place."""
 
     id: int
     offset: int
@@ -134,15 +135,16 @@ class ShortResult(NamedTuple):
     size: int
     compute_s: float
     is_kept: bool
+    is_in_place: bool
+    """Whether `offset` is one in the input arena, and the block a part of the call's."""
     node: bytes
     """JSON."""
 
     def encode(self) -> bytes:
         """Return the message with its length in front."""
-        call_id, offset, size, compute_s, is_kept, node = self
+        *numbers, node = self
         length = _SHORT_RESULT.size - _LENGTH.size + len(node)
-        head = _SHORT_RESULT.pack(length, _RESULT, call_id, offset, size, compute_s, is_kept)
-        return head + node
+        return _SHORT_RESULT.pack(length, _RESULT, *numbers) + node
 
 
 Message: TypeAlias = dict[str, Any] | ShortCall | ShortResult
@@ -206,9 +208,11 @@ def _parse(received: bytes | bytearray, start: int, end: int) -> Message:
         freed = [offset for (offset,) in _OFFSET.iter_unpack(received[start:end])]
         return ShortCall(call_id, form, offset, size, freed)
     if kind == _RESULT and end - start >= _SHORT_RESULT.size:
-        _, _, call_id, offset, size, compute_s, is_kept = _SHORT_RESULT.unpack_from(received, start)
+        _, _, call_id, offset, size, compute_s, kept, in_place = _SHORT_RESULT.unpack_from(
+            received, start
+        )
         node = bytes(received[start + _SHORT_RESULT.size : end])
-        return ShortResult(call_id, offset, size, compute_s, is_kept, node)
+        return ShortResult(call_id, offset, size, compute_s, kept, in_place, node)
     message = decode_json(received[start + _LENGTH.size : end])
     if not isinstance(message, dict):
         raise MalformedError("no object")

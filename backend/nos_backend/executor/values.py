@@ -108,6 +108,11 @@ class Inputs:
         # One by this object, one by getrefcount itself.
         return sys.getrefcount(self._owner) > 2  # noqa: PLR2004
 
+    def find(self, piece: Array) -> int | None:
+        """Return where in the block the bytes of a contiguous array lie; None if they are not all there."""
+        offset = _address(piece) - _address(self._owner)
+        return offset if 0 <= offset <= self._owner.size - piece.size else None
+
     def read(self, node: Node, wanted: Want, where: str) -> Any:
         """Return the Python value of `node`.
 
@@ -251,6 +256,10 @@ class Outputs:
         self._tree_bytes = 0
         self.node = self._write(value, 0)
 
+    def find_in(self, inputs: Inputs) -> int | None:
+        """Return where in its input a call's result lies as it is; None if it has to be copied."""
+        return inputs.find(self._pieces[0][1]) if len(self._pieces) == 1 else None
+
     def copy_to(self, block: memoryview) -> None:
         """Copy the bytes; `block` is `size` bytes long."""
         target: Array = np.frombuffer(block, np.uint8)
@@ -356,6 +365,11 @@ class Outputs:
             self._pieces.append((offset, raw))
         self.size = offset + raw.size
         return offset
+
+
+def _address(array: Array) -> int:
+    address, _ = array.__array_interface__["data"]
+    return int(address)
 
 
 def _plain(value: int | float | str) -> int | float | str:

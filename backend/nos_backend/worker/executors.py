@@ -589,18 +589,31 @@ class Executor(asyncio.Protocol):
 
     def _handle(self, message: Message) -> None:
         match message:
-            case ShortResult(call_id, offset, size, compute_s, is_kept, raw):
-                check_block([offset, size], self._output.size_bytes)
+            case ShortResult(call_id, offset, size, compute_s, is_kept, is_in_place, raw):
+                if is_in_place:
+                    view, lease = self._in_place(self._calls[call_id], offset, size)
+                else:
+                    check_block([offset, size], self._output.size_bytes)
+                    view = self._output.view[offset : offset + size]
+                    lease = Lease(lambda: self._release(offset, size, None)) if size else NO_LEASE
                 compute_s = to_seconds(compute_s)
                 node, known = self._nodes.read(raw, size)
-                view = self._output.view[offset : offset + size]
-                lease = Lease(lambda: self._release(offset, size, None)) if size else NO_LEASE
                 reply = Reply("result", node, view, compute_s, raw_node=known, _lease=lease)
                 self._end_call(call_id, reply, is_kept=is_kept)
             case dict():
                 self._handle_object(message)
             case _:
                 raise MalformedError("a message that only a worker sends")
+
+    @staticmethod
+    def _in_place(call: _Call, offset: int, size: int) -> tuple[memoryview, Lease]:
+        """Return a part of a call's input that is its result; the block is the reply's from now on."""
+        block = call.block
+        start = offset - block.offset if isinstance(block, Block) else -1
+        if not isinstance(block, Block) or not 0 <= start <= len(block.view) - size:
+            raise MalformedError(f"{size} bytes at {offset} as a result, outside the call's input")
+        call.block = None
+        return block.view[start : start + size], Lease(block.release)
 
     def _handle_object(self, message: dict[str, Any]) -> None:
         match message["op"]:

@@ -35,12 +35,13 @@ def test_short_messages_come_out_as_they_went_in(
     number: int, freed: list[int], node: bytes
 ) -> None:
     call = ShortCall(number, 3, number, 9, freed)
-    result = ShortResult(number, 64, 9, 0.25, True, node)
+    result = ShortResult(number, 64, 9, 0.25, True, False, node)
     assert Decoder().feed(call.encode() + encode({}) + result.encode()) == [call, {}, result]
 
 
 @pytest.mark.parametrize(
-    "raw", [ShortCall(1, 2, 0, 0, [64]).encode(), ShortResult(1, 0, 9, 0.0, False, b"1").encode()]
+    "raw",
+    [ShortCall(1, 2, 0, 0, [64]).encode(), ShortResult(1, 0, 9, 0.0, False, False, b"1").encode()],
 )
 @pytest.mark.parametrize("num_missing", [8, 12, 30])
 def test_a_short_message_that_was_cut_is_refused(raw: bytes, num_missing: int) -> None:
