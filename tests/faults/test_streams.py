@@ -225,8 +225,9 @@ def test_stuck_clients_are_cut_and_others_are_served(server, accept):
         num_good = len(senders)
         wait_for(lambda: num_streams(server) == num_good + 3, "nobody else is there", 60)
         bytes_before = own_bytes(server)
-        stack.enter_context(unread_stream(server, "local", "repeat", (item, 1000), 1))
+        # First this one: what it asks for would wait behind a generator that nobody reads.
         stack.enter_context(unread_stream(server, "relay", "__call__", (item,), WINDOW))
+        stack.enter_context(unread_stream(server, "local", "repeat", (item, 1000), 1))
         wait_for(lambda: num_streams(server) == num_good + 5, "all are there", 60)
         since_s = time.monotonic()
         for client in stopped:
