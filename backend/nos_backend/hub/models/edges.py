@@ -23,8 +23,6 @@ class Edges:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
-        self.filters = torch.stack([across, across.T]).unsqueeze(1).to(device) / LARGEST
         self.brightness = torch.tensor(BRIGHTNESS, device=device)
 
     def __call__(
@@ -39,10 +37,13 @@ class Edges:
         Returns:
             Strengths from 0 (flat) to 255, shape (height, width), the size of the image.
         """
-        pixels_HWC = torch.from_numpy(np.array(image.convert("RGB"))).to(self.filters.device)
+        pixels_HWC = torch.from_numpy(np.array(image.convert("RGB"))).to(self.brightness.device)
         brightness_HW = pixels_HWC.float() @ self.brightness
-        padded = functional.pad(brightness_HW[None, None], (1, 1, 1, 1), mode="replicate")
-        slopes_2HW = functional.conv2d(padded, self.filters)[0]
-        # Thirty times as fast as a vector norm over the short dimension (0.4 ms against 21 ms on 512 x 512).
-        strength_HW: torch.Tensor = torch.hypot(slopes_2HW[0], slopes_2HW[1]) * gain
-        return strength_HW.clamp(0, 255).round().to(torch.uint8)
+        padded = functional.pad(brightness_HW[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+        # The filter is one of differences and one of sums, in turn: half the time of a convolution.
+        steps = padded[:, 2:] - padded[:, :-2]
+        across_HW = (steps[:-2] + steps[2:]).add_(steps[1:-1], alpha=2)
+        sums = (padded[:, :-2] + padded[:, 2:]).add_(padded[:, 1:-1], alpha=2)
+        down_HW = sums[2:] - sums[:-2]
+        strength_HW = across_HW.square_().add_(down_HW.square_()).sqrt_().mul_(gain / LARGEST)
+        return strength_HW.clamp_(0, 255).round_().to(torch.uint8)
