@@ -37,6 +37,7 @@ from tests.plane import Plane, definitions, fake_models, running_plane, to_error
 from tests.servers import wait_for
 
 ECHO = """
+import time
 from typing import Annotated
 import numpy as np
 import torch
@@ -46,6 +47,9 @@ class Echo:
         return x
     def typed(self, x: Annotated[torch.Tensor, "float32[batch, 3]"], scale: float = 1.0):
         return x * scale
+    def late(self, x):
+        time.sleep(0.5)
+        return x
     def _secret(self):
         return 1
 """
@@ -230,7 +234,8 @@ def test_a_frame_over_the_window_is_refused_and_the_others_run(plane: Plane) -> 
 def test_a_frame_over_the_windows_bytes_is_refused_unless_it_is_alone(plane: Plane) -> None:
     large = np.zeros(65 << 20, np.uint8)
     stream = plane.stream(KEY)
-    stream.send(large)
+    # It is under way when the next one comes.
+    stream.send(large, method="late")
     stream.send(large[:1000])
     found = stream.results()
     assert len(found[1]) == len(large)
