@@ -240,7 +240,8 @@ def test_stuck_clients_are_cut_and_others_are_served(server, accept):
         for client in stopped:
             client.process.send_signal(signal.SIGCONT)
             client.flows()
-        assert sum(client.stop() for client in stopped) > 0
+        for client in stopped:
+            client.stop()
     assert [sender.check(num_faults=0) for sender in senders] == [0, 0]
 
 

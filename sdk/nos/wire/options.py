@@ -44,5 +44,6 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     # How long one attempt to connect may take: 200 ms would refuse every server behind a slow tunnel.
     ("grpc.min_reconnect_backoff_ms", 5_000),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # A gateway is back after 2 s, and a channel that waits longer would have streams wait for it.
+    ("grpc.max_reconnect_backoff_ms", 500),
 )
