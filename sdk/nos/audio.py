@@ -12,16 +12,16 @@ A block is a float32 array of samples between -1 and 1 (PCM): (num_samples,) whe
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from nos._av import import_av
+from nos._av import FileWriter, import_av
 from nos.errors import InvalidRequestError, InvalidTensorError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from typing import Self
 
 Samples = np.ndarray[Any, np.dtype[np.float32]]
@@ -161,7 +161,7 @@ def read(
         return np.concatenate(list(blocks))
 
 
-class Writer:
+class Writer(FileWriter):
     """An audio file in the making. Its channels are those of the first block.
 
     Args:
@@ -175,17 +175,10 @@ class Writer:
 
     def __init__(self, path: str | Path, rate_hz: int) -> None:
         _check_rate(rate_hz)
-        av = self._av = import_av("audio")
-        self._path, self._rate_hz = str(path), rate_hz
-        self._stream: Any = None
+        super().__init__(path, "audio", "out.wav")
+        self._rate_hz = rate_hz
         self._num_channels = 0
         self.num_samples = 0
-        try:
-            if not Path(path).parent.is_dir():
-                raise FileNotFoundError("there is no such folder")
-            self._container = av.open(self._path, "w")
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise self._refused(error) from error
 
     def write(self, samples: Any) -> None:
         """Append a block.
@@ -197,8 +190,7 @@ class Writer:
         Raises:
             InvalidTensorError: If it is none, or has other channels than the first.
         """
-        if self._container is None:
-            raise InvalidRequestError("the file is closed", "path", got=self._path)
+        self._check_open()
         array = np.asarray(samples)
         wide = array[:, None] if array.ndim == 1 else array
         fits = array.dtype.kind == "f" and wide.ndim == len(("samples", "channels"))
@@ -213,7 +205,9 @@ class Writer:
         if not wide.size:
             return
         if self._stream is None:
-            self._open_stream(num_channels)
+            codec, layout = self._container.default_audio_codec, _LAYOUTS[num_channels]
+            self._stream = self._add_stream(codec, rate=self._rate_hz, layout=layout)
+            self._num_channels = num_channels
         packed = np.clip(wide, -1, 1).astype(np.float32, copy=False).reshape(1, -1)
         frame = self._av.AudioFrame.from_ndarray(
             np.ascontiguousarray(packed), format="flt", layout=_LAYOUTS[num_channels]
@@ -221,49 +215,6 @@ class Writer:
         frame.sample_rate, frame.pts = self._rate_hz, self.num_samples
         self._encode(frame)
         self.num_samples += len(wide)
-
-    def close(self) -> None:
-        """Write what is left and close the file; idempotent. Without samples nothing is left of it."""
-        container, self._container = self._container, None
-        if container is None:
-            return
-        if self._stream is None:
-            container.close()
-            Path(self._path).unlink(missing_ok=True)
-            return
-        try:
-            container.mux(self._stream.encode(None))
-        except (self._av.FFmpegError, OSError) as error:
-            raise self._refused(error) from error
-        finally:
-            container.close()
-
-    def _open_stream(self, num_channels: int) -> None:
-        layout = _LAYOUTS[num_channels]
-        try:
-            codec = self._container.default_audio_codec
-            self._stream = self._container.add_stream(codec, rate=self._rate_hz, layout=layout)
-        except (self._av.FFmpegError, ValueError) as error:
-            raise self._refused(error) from error
-        self._num_channels = num_channels
-
-    def _encode(self, frame: Any) -> None:
-        try:
-            self._container.mux(self._stream.encode(frame))
-        except (self._av.FFmpegError, OSError, ValueError) as error:
-            raise self._refused(error) from error
-
-    def _refused(self, error: Exception) -> InvalidRequestError:
-        reason = getattr(error, "strerror", "") or str(error)
-        return InvalidRequestError(
-            f"no audio can be written there: {reason}", "path", "a file as out.wav", self._path
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _check_rate(rate_hz: object) -> None:

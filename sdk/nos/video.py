@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import sys
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from nos._av import import_av
+from nos._av import FileWriter, import_av
 from nos.errors import (
     InvalidRequestError,
     InvalidTensorError,
@@ -28,6 +27,7 @@ from nos.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from typing import Self
 
     from nos.types import MethodInfo
@@ -185,7 +185,7 @@ class Camera(_Source):
         super().__init__(place, size, kind, options, UnavailableError)
 
 
-class Writer:
+class Writer(FileWriter):
     """A video file in the making. Its size is that of the first frame.
 
     Args:
@@ -198,18 +198,10 @@ class Writer:
     """
 
     def __init__(self, path: str | Path, rate_hz: float = DEFAULT_RATE_HZ) -> None:
-        av = self._av = import_av("video")
-        self._path = str(path)
         self._rate = Fraction(rate_hz).limit_denominator(_MAX_DENOMINATOR)
-        self._stream: Any = None
+        super().__init__(path, "video", "out.mp4")
         self._shape: tuple[int, ...] = ()
         self.num_frames = 0
-        try:
-            if not Path(path).parent.is_dir():
-                raise FileNotFoundError("there is no such folder")
-            self._container = av.open(self._path, "w")
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise self._refused(error) from error
 
     def write(self, frame: Any) -> None:
         """Append a frame.
@@ -221,6 +213,7 @@ class Writer:
             InvalidTensorError: If it is no picture, or has another size than the first.
         """
         picture = self._to_picture(frame)
+        self._check_open()
         if self._stream is None:
             self._open_stream(picture)
         picture.pts = self.num_frames
@@ -228,30 +221,9 @@ class Writer:
         self._encode(picture)
         self.num_frames += 1
 
-    def close(self) -> None:
-        """Write what is left and close the file; idempotent. Without frames nothing is left of it."""
-        container, self._container = self._container, None
-        if container is None:
-            return
-        if self._stream is None:
-            container.close()
-            Path(self._path).unlink(missing_ok=True)
-            return
-        try:
-            container.mux(self._stream.encode())
-        except (self._av.FFmpegError, OSError) as error:
-            raise self._refused(error) from error
-        finally:
-            container.close()
-
     def _open_stream(self, picture: Any) -> None:
-        if self._container is None:
-            raise InvalidRequestError("the video is closed", "path", got=self._path)
-        try:
-            codec = self._container.default_video_codec
-            stream = self._container.add_stream(codec, rate=self._rate, options=_ENCODER_OPTIONS)
-        except (self._av.FFmpegError, ValueError) as error:
-            raise self._refused(error) from error
+        codec = self._container.default_video_codec
+        stream = self._add_stream(codec, rate=self._rate, options=_ENCODER_OPTIONS)
         stream.width, stream.height = picture.width, picture.height
         # Colour at half the resolution plays everywhere, but has no odd sizes.
         is_even = picture.width % 2 == 0 and picture.height % 2 == 0
@@ -259,12 +231,6 @@ class Writer:
         formats = [it.name for it in stream.codec_context.codec.video_formats or ()]
         stream.pix_fmt = wanted if not formats or wanted in formats else formats[0]
         self._stream = stream
-
-    def _encode(self, picture: Any) -> None:
-        try:
-            self._container.mux(self._stream.encode(picture))
-        except (self._av.FFmpegError, OSError) as error:
-            raise self._refused(error) from error
 
     def _to_picture(self, frame: Any) -> Any:
         array = np.asarray(frame)
@@ -286,15 +252,3 @@ class Writer:
         self._shape = array.shape
         form = "gray" if is_grey else "rgb24"
         return self._av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format=form)
-
-    def _refused(self, error: Exception) -> InvalidRequestError:
-        reason = getattr(error, "strerror", "") or str(error)
-        return InvalidRequestError(
-            f"no video can be written there: {reason}", "path", "a file as out.mp4", self._path
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
